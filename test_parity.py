@@ -1,0 +1,496 @@
+"""Our numbers against the official ones, every gap printed.
+
+    python test_parity.py --golden golden             every case of a folder of reference outputs; exit status 1 if one fails
+    python test_parity.py --golden golden --only vae  the cases whose name contains a word
+    python test_parity.py --weights DIR --official REPO [--device cuda --dtype bfloat16]
+                                                      component by component against a checkout of Wan-Video/Wan2.2, on real weights
+    pytest test_parity.py                             the committed folder, as tests
+
+A reference case is NAME.json (how weights and inputs are rebuilt from numpy's legacy random numbers, what was called) and
+NAME.safetensors (what the official code answered, float32 on a CPU). golden/SPEC.md describes the format; sizes, seeds, prefixes and
+weights are all read from the JSON.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+import zlib
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import convert_weights as convert
+from audio import align_to_fps, frame_columns, hidden_states, normalise, resample_50_to_30
+from model import expert_index
+from pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
+from sampling import Experts, denoise, expert_guidance
+from solver import make_solver
+from video import pose_step
+from wan_s2v import ClipInputs, Options, Stages, make_clips
+from wan_video import image_condition
+
+GOLDEN = Path(__file__).parent / "golden"
+# Float32 sums in another order give gaps of 1e-7 to 1.5e-6, measured on every case, pipelines included; a porting mistake gives 2e-3 or more.
+TOLERANCE = 1e-5
+FLOAT16 = 1e-4              # videos are stored as float16: a step there is 4.9e-4 at 1.0, met by one value in a hundred (relative L2 3e-5)
+
+
+class Row(NamedTuple):
+    """One comparison: largest and mean |difference|, relative L2, what it may be."""
+    case: str
+    output: str
+    max: float
+    mean: float
+    relative: float
+    tolerance: float
+    ok: bool
+
+    def __str__(self):
+        return (f"{self.case:24s} {self.output:30s} max {self.max:8.2e}  mean {self.mean:8.2e}  rel L2 {self.relative:8.2e}  "
+                f"tolerance {self.tolerance:7.0e}  {'pass' if self.ok else 'FAIL'}")
+
+
+def compare(case, output, ours, theirs, tolerance=TOLERANCE):
+    """Relative L2 against the tolerance, and no single value further off than 10 tolerances of the largest. 0 means equal."""
+    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+    if ours.shape != theirs.shape:
+        print(f"{case} {output}: shape {tuple(ours.shape)}, wanted {tuple(theirs.shape)}")
+        return Row(case, output, np.inf, np.inf, np.inf, tolerance, False)
+    a, b = ours.double().flatten(), theirs.double().flatten()
+    gap, size = (a - b).abs(), b.norm().clamp_min(1e-30)
+    relative = float((a - b).norm() / size)
+    largest = float(gap.max()) if gap.numel() else 0.0
+    ok = largest == 0 if tolerance == 0 else relative <= tolerance and largest <= 10 * tolerance * max(1.0, float(b.abs().max()))
+    return Row(case, output, largest, float(gap.mean()) if gap.numel() else 0.0, relative, tolerance, ok)
+
+
+# ------------------------------------------------------------------------------------------- weights and inputs, from the JSON
+
+def rng(seed):
+    return np.random.RandomState(zlib.crc32(seed.encode("utf-8")))
+
+
+def weight(seed, name, shape):
+    """One tensor of a state dict by the rules of golden/SPEC.md section 1 -> float32."""
+    n = rng(seed).standard_normal(tuple(shape))
+    if name.endswith("gamma") or (len(shape) == 1 and name.endswith(".weight")):
+        n = 1 + 0.1 * n
+    elif name.endswith(".weights"):
+        n = 0.01 + 0.002 * n
+    elif len(shape) <= 1:
+        n = 0.05 * n
+    elif name.endswith(("modulation", "padding_tokens")):
+        n = 0.1 * n
+    else:
+        n = n / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(np.asarray(n, np.float32))
+
+
+def entries(module):
+    """A module of a case as if it lay in a file: {official name: Entry}"""
+    return {name: convert.Entry(Path("golden"), tuple(shape), torch.float32, partial(weight, module["crc_name_prefix"] + name, name, shape))
+            for name, shape in module["state_dict"].items()}
+
+
+def network(module):
+    """A module of a case -> our network with its weights, through the converter's tables."""
+    tensors = entries(module)
+    kind, config, rules = convert.identify(module["class"].split(".")[-1], module["constructor"], tensors)
+    return convert.materialise(kind, config, convert.match(tensors, rules, kind, config, f"the {kind} of a reference case"))
+
+
+def value(meta, name):
+    """An input of a case -> tensor (or uint8 array for pictures)."""
+    entry = meta["inputs"][name]
+    random, how, shape = rng(entry["seed_string"]), entry["how"], tuple(entry["shape"])
+    if how.startswith("RandomState.randint"):
+        low, high = (int(n) for n in re.search(r"randint\((-?\d+), *(-?\d+)", how).groups())
+        return torch.from_numpy(random.randint(low, high, shape).astype(np.int64))
+    n = random.standard_normal(shape)
+    if how.startswith("uint8"):
+        return np.rint((np.tanh(n) + 1) * 127.5).astype(np.uint8)
+    if how.startswith("tanh"):
+        n = np.tanh(n)
+    n = n.astype(np.float32)
+    if scaled := re.search(r"then \* ([\d.]+) \+ ([\d.]+)", how):
+        n = n * np.float32(scaled[1]) + np.float32(scaled[2])
+    return torch.from_numpy(n)
+
+
+def argument(meta, spec):
+    """An argument of a call: a named input, listed values or a constant."""
+    if isinstance(spec, list):
+        return [argument(meta, item) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if "input" in spec:
+        return value(meta, spec["input"])
+    dtype = getattr(torch, spec["dtype"])
+    if "values" in spec:
+        return torch.tensor(spec["values"], dtype=dtype).reshape(spec["tensor"])
+    if "constant" in spec:
+        return torch.full(spec["tensor"], spec["constant"], dtype=dtype)
+    if "constant_per_row" in spec:
+        return torch.tensor(spec["constant_per_row"], dtype=dtype)[:, None].expand(*spec["tensor"])
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- cases: the denoiser
+
+def dit(meta, golden):
+    """T2V, I2V, TI2V: each sample of a call on its own, since the official batches may mix sizes."""
+    net = network(meta["modules"]["model"])
+    for output, call in meta["calls"].items():
+        x, context, t, y = (argument(meta, call.get(name)) for name in ("x", "context", "t", "y"))
+        for i, latents in enumerate(x):
+            time, clean = (t.flatten()[0:1] if len(x) == 1 else t[i, :1], 0) if t is not None else (torch.tensor([float(meta["scalars"]["t"])]), 1)
+            cond = net.prepare(latents.shape[1:], context[i][None], image=y and y[i][None], clean_frames=clean)
+            name = output if len(x) == 1 else f"{output}_{i}"
+            yield name, net(latents[None], time, cond)[0], golden[name]
+
+
+def dit_s2v(meta, golden):
+    net, call = network(meta["modules"]["model"]), meta["calls"]["out"]
+    x, t, text, ref, motion, pose, audio = (argument(meta, call[name]) for name in (
+        "x", "t", "context", "ref_latents", "motion_latents", "cond_states", "audio_input"))
+    shape, motion_kept = x[0].shape[1:], None if call["drop_motion_frames"] else motion
+    wanted = dict(golden)
+    for chunk in (None, 37):                                         # spans of any length give the same numbers
+        cond = net.prepare(shape, text[0][None], audio, ref, motion_kept, pose, chunk=chunk)
+        yield f"out{' (spans of 37)' if chunk else ''}", net(x[0][None], t, cond)[0], wanted["out"]
+    if not pose.any():
+        cond = net.prepare(shape, text[0][None], audio, ref, motion_kept)
+        yield "out (no pose given)", net(x[0][None], t, cond)[0], wanted["out"]
+    past = audio[..., :1].expand(*audio.shape[:-1], call["motion_frames"][0])
+    for name, tokens in zip(("audio_global", "audio_local"), net.audio(torch.cat([past, audio], dim=-1))):
+        yield name, tokens, wanted[name]
+    yield "frame_packer_tokens", net.motion_tokens(motion), wanted["frame_packer_tokens"]
+    yield "rope", cond.rope[:, :, 0].permute(1, 2, 0), wanted["rope"]
+    tokens = net.embed(x[0][None], cond)
+    every = -(-tokens.shape[1] // len(wanted["tokens_head"]))
+    yield "tokens_head", tokens[0, ::every], wanted["tokens_head"]
+    yield "block0_head", first_block(net, tokens, t, cond)[0, ::every], wanted["block0_head"]
+
+
+def first_block(net, x, t, cond):
+    """Tokens after block 0, before its audio attention."""
+    block, (_, mod) = net.blocks[0], net.modulations(t)
+    inject, block.inject = block.inject, None
+    out = block(x, mod, cond.rope, cond.layers[0], cond.spans, cond.grid)
+    block.inject = inject
+    return out
+
+
+# ------------------------------------------------------------------------------------------- cases: encoders, solvers, pictures
+
+def vae(meta, golden):
+    net = network(meta["modules"]["vae"])
+    for output, call in meta["calls"].items():
+        if "videos" in call:
+            video = argument(meta, call["videos"])[0][None]
+            video = video[:, :, :video.shape[2] - (video.shape[2] - 1) % 4]                  # the official code drops the rest silently
+            yield output, net.encode(video)[0], golden[output]
+        else:
+            yield output, net.decode(argument(meta, call["zs"])[0][None])[0], golden[output]
+
+
+def umt5(meta, golden):
+    net, ids = network(meta["modules"]["encoder"]), value(meta, "ids")
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(meta["scalars"]["valid_lengths"]):
+        mask[row, :length] = 1
+    ids = torch.where(mask.bool(), ids, meta["scalars"]["pad_id"])
+    yield "out", net(ids, mask), golden["out"]
+    for row, length in enumerate(meta["scalars"]["valid_lengths"]):
+        yield f"row {row} without padding", net(ids[row:row + 1, :length])[0], golden["out"][row, :length]
+
+
+def wav2vec(meta, golden):
+    net, wave = network(meta["modules"]["model"]), value(meta, "wave")
+    yield "input_values_head", normalise(wave)[:len(golden["input_values_head"])], golden["input_values_head"]
+    for i, state in enumerate(hidden_states(net, wave)):
+        yield f"hidden_{i}", state[None], golden[f"hidden_{i}"]
+
+
+def audio_bucket(meta, golden):
+    for output, call in meta["calls"].items():
+        states = resample_50_to_30(argument(meta, call["features_50fps"]))
+        features, _ = align_to_fps(states, call["fps"], call["batch_frames"], call["m"])
+        yield output, features.permute(2, 0, 1), golden[output]
+        if (interpolated := output.replace("bucket", "interp")) in golden:
+            yield interpolated, states, golden[interpolated]
+    for row in meta["table"]:
+        columns, clips = frame_columns(row["frames_30fps"], row["fps"], row["batch_frames"])
+        name = f"{row['frames_50fps']} at {row['fps']} fps, {row['batch_frames']}"
+        yield f"columns {name}", columns, torch.tensor(row["indices"]), 0
+        yield f"clips {name}", clips, row["num_repeat"], 0
+        yield f"frames {name}", int(row["frames_50fps"] / 50 * 30), row["frames_30fps"], 0
+
+
+def solvers(meta, golden):
+    for output, call in meta["calls"].items():
+        solver, x, path = make_solver(call["solver"], call["steps"], call["shift"]), value(meta, "x"), []
+        for i, t in enumerate(solver.timesteps.tolist()):
+            x = solver.step(-0.3 * x + 0.5 * torch.sin(np.float32(t) / 1000 * 3 + x), i, x)
+            path.append(x)
+        for name, ours in (("timesteps", solver.timesteps), ("sigmas", solver.sigmas), ("final", x), ("path", torch.cat(path))):
+            if f"{output}_{name}" in golden:
+                theirs = golden[f"{output}_{name}"]
+                yield f"{output}_{name}", ours.reshape(theirs.shape), theirs, 0 if name == "timesteps" else TOLERANCE
+
+
+def image_prep(meta, golden):
+    steps = {"s2v": (s2v_size, 64), "i2v": (i2v_size, 16), "ti2v": (ti2v_size, 32)}
+    for kind, (rule, step) in steps.items():
+        wrong = 0
+        for row in meta["table"]:
+            try:
+                got = list(rule(row["height"], row["width"], row["area"], step))
+            except ValueError:
+                got = None                                           # the official code raises or gives a side of 0
+            wrong += got != row[kind] and not (got is None and (isinstance(row[kind], str) or 0 in row[kind]))
+        yield f"{kind} sizes wrong of {len(meta['table'])}", wrong, 0, 0
+    for row in meta["pose_sampling"]:
+        name = f"pose {row['video_frames']} frames at {row['video_fps']} fps"
+        yield name, torch.tensor(pose_indices(row["video_frames"], row["video_fps"], row["wanted"])), torch.tensor(row["indices"]), 0
+    for name, theirs in golden.items():
+        size = tuple(theirs.shape[-2:])
+        if name == "pose":
+            yield name, pose_frames(meta, size, theirs.shape[1]), theirs
+            continue
+        picture = Image.fromarray(value(meta, name))
+        if name.startswith("i2v"):
+            yield name, fit_i2v(picture, size), theirs
+        else:
+            ours = fit_picture(picture, size, official=True) if name.startswith("s2v") else fit_ti2v(picture, size)
+            yield name, ((ours + 1) * 127.5).round(), theirs, 0
+
+
+def pose_indices(frames, fps, wanted):
+    return list(range(0, frames, pose_step(fps)))[:wanted]
+
+
+def pose_frames(meta, size, frames):
+    """The pose clip as the VAE sees it: sampled at 16 fps, missing frames black, the first twice -> (3, frames, height, width)"""
+    source, fps = value(meta, "pose"), float(re.search(r"at ([\d.]+) fps", meta["outputs"]["pose"]["meaning"])[1])
+    got = [fit_frame(source[i], size, official=True) for i in pose_indices(len(source), fps, frames - 1)]
+    got += [-torch.ones_like(got[0])] * (frames - 1 - len(got))
+    return torch.stack(got[:1] + got, dim=1)
+
+
+def manifest(meta, golden):
+    """Full size, no memory: every official name and shape has its place, and every place is filled."""
+    tensors = entries(dict(meta, crc_name_prefix=""))
+    kind, config, rules = convert.identify(meta["model"], meta["constructor"], tensors)
+    found = convert.match(tensors, rules, kind, config, meta["model"])
+    shapes = convert.parameter_shapes(kind, config)
+    dropped = sum(math.prod(entry.shape) for name, entry in tensors.items() if convert.rename(name, rules) is None)
+    yield "parameters", sum(math.prod(shape) for shape in shapes.values()) + dropped, meta["parameters"], 0
+    yield "tensors without a place", len(shapes) - len(found), 0, 0
+
+
+# ------------------------------------------------------------------------------------------------------- cases: whole pipelines
+
+class Watched:
+    """A network whose calls are written down: [(name, result), ...]"""
+
+    def __init__(self, net, names):
+        self.net, self.names, self.calls = net, names, []
+
+    def __getattr__(self, name):
+        attribute = getattr(self.net, name)
+        if name not in self.names:
+            return attribute
+
+        def call(*args, **kwargs):
+            self.calls.append((name, attribute(*args, **kwargs)))
+            return self.calls[-1][1]
+        return call
+
+    def results(self, name):
+        return [result for called, result in self.calls if called == name]
+
+
+def pipeline_s2v(meta, golden):
+    """The whole clip loop: what the official generate() was given in place of its text encoder, audio encoder and noise."""
+    call, z = meta["calls"]["video"], meta["inputs"]
+    net, coder = Watched(network(meta["modules"]["noise_model"]), ["velocities"]), Watched(network(meta["modules"]["vae"]), ["encode"])
+    reference = Image.fromarray(value(meta, "ref_image"))
+    size, n = s2v_size(reference.height, reference.width, call["max_area"]), call["infer_frames"]
+    decoded = []                                                     # what goes into each decode: lead, latents
+
+    def decode_stream(parts):
+        decoded.append(parts)
+        return coder.net.decode_stream(parts)
+    coder.decode_stream = decode_stream
+
+    def pose(clip):
+        if not call["pose_video"]:
+            return None
+        source, fps = value(meta, "pose_video"), float(re.search(r"at ([\d.]+) fps", " ".join(meta["notes"]))[1])
+        frames = [fit_frame(source[i], size, official=True) for i in pose_indices(len(source), fps, n * call["num_repeat"])]
+        frames += [-torch.ones(3, *size)] * (n * call["num_repeat"] - len(frames))
+        frames = frames[clip * n:(clip + 1) * n]
+        return coder.net.encode(torch.stack(frames[:1] + frames, dim=1)[None])[:, :, 1:]
+
+    options = Options(steps=call["sampling_steps"], shift=call["shift"], guidance=(call["guide_scale"],), solver=call["sample_solver"],
+                      clip_frames=n, start_from_ref=call["init_first_frame"])
+    inputs = ClipInputs(value(meta, "context")[None], value(meta, "context_null")[None], value(meta, "audio_emb"),
+                        fit_picture(reference, size, official=True)[None, :, None], lambda clip: value(meta, f"noise_{clip}")[None], pose)
+    experts = Experts(["denoiser"], None, lambda name: net)
+    frames = list(make_clips(inputs, coder, experts, options, call["num_repeat"], Stages(), lambda clip, steps: steps))
+    encoded, velocities = coder.results("encode"), net.results("velocities")
+    ours = {"ref_latents": encoded[0], "motion_latents_init": encoded[1], "v_cond_first": velocities[0][0], "v_null_first": velocities[0][1],
+            "video": torch.cat(frames, dim=2).half(), "cond_0": pose(0)}
+    ours |= {f"latents_{clip}": latents for clip, (_, latents) in enumerate(decoded)}
+    ours |= {f"motion_latents_after_{clip}": motion for clip, motion in enumerate(encoded[2:])}
+    ours |= {f"v_cond_clip{clip}": velocities[clip * call["sampling_steps"]][0] for clip in range(1, call["num_repeat"])}
+    for name, theirs in golden.items():
+        yield name, ours[name][0], theirs, FLOAT16 if name == "video" else TOLERANCE
+
+
+def expert_tables(meta):
+    for name, table in meta["tables"].items():
+        shift, steps, solver = re.fullmatch(r".*shift([\d.]+)_steps(\d+)_(.+)", name).groups()
+        timesteps = make_solver(solver, int(steps), float(shift)).timesteps.tolist()
+        index = [expert_index(t, table["boundary"]) for t in timesteps]
+        guidance = [expert_guidance(table["guide_scale_config"], i) for i in index]
+        yield f"{name} timesteps", timesteps, table["timesteps"], 0
+        yield f"{name} experts", index, [("high", "low").index(expert) for expert in table["expert"]], 0
+        yield f"{name} guidance", guidance, table["guide_scale"], 0
+
+
+def run_video(meta, call, context, noise, modules, image=None, clean=None):
+    """T2V, I2V or TI2V from given text and noise -> guided velocities and latents of every step."""
+    nets = [network(meta["modules"][name]) for name in modules]
+    text = [value(meta, name)[None] for name in context]
+
+    def prepare(net, positive):
+        return net.prepare(noise.shape[2:], text[0 if positive else 1], image=image, clean_frames=0 if clean is None else 1)
+    names = ["denoiser_high", "denoiser_low"][:len(nets)]
+    experts = Experts(names, call.get("boundary"), lambda name: nets[names.index(name)])
+    solver, seen = make_solver(call["sample_solver"], call["sampling_steps"], call["shift"]), SimpleNamespace(velocities=[], latents=[])
+    step = solver.step
+
+    def watched(velocity, i, latents):
+        seen.velocities.append(velocity)
+        seen.latents.append(step(velocity, i, latents))
+        return seen.latents[-1]
+    solver.step = watched
+    scale = call["guide_scale"]
+    seen.final = denoise(experts, solver, noise, prepare, tuple(scale) if isinstance(scale, list) else (scale,), clean)
+    return seen
+
+
+def moe_switch(meta, golden):
+    yield from expert_tables(meta)
+    run = run_video(meta, meta["calls"]["t2v_final"], ("context", "context_null"), value(meta, "noise")[None],
+                    ("high_noise_model", "low_noise_model"))
+    for name, ours in (("t2v_final", run.final), ("t2v_x_after_step0", run.latents[0]), ("t2v_v_step0", run.velocities[0]),
+                       ("t2v_v_last", run.velocities[-1])):
+        yield name, ours[0], golden[name], TOLERANCE
+
+
+def pipeline_i2v(meta, golden):
+    call, coder, picture = meta["calls"]["final_latents"], network(meta["modules"]["vae"]), Image.fromarray(value(meta, "img"))
+    size = i2v_size(picture.height, picture.width, call["max_area"])
+    image = image_condition(coder, fit_i2v(picture, size)[None, :, None], call["frame_num"])
+    run = run_video(meta, call, ("context", "context_null"), value(meta, "noise")[None], ("high_noise_model", "low_noise_model"), image)
+    head = golden["video_head"]
+    for name, ours in (("y", image), ("v_step0", run.velocities[0]), ("final_latents", run.final)):
+        yield name, ours[0], golden[name], TOLERANCE
+    yield "video_head", coder.decode(run.final)[0, :, :head.shape[1]].half(), head, FLOAT16
+
+
+def pipeline_ti2v(meta, golden):
+    coder, picture = network(meta["modules"]["vae"]), Image.fromarray(value(meta, "img"))
+    call = meta["calls"]["i2v_final_latents"]
+    size = ti2v_size(picture.height, picture.width, call["max_area"])
+    clean = coder.encode(fit_ti2v(picture, size)[None, :, None])
+    run = run_video(meta, call, ("context", "context_null"), value(meta, "noise_i2v")[None], ("model",), clean=clean)
+    head = golden["i2v_video_head"]
+    for name, ours in (("i2v_image_latent", clean), ("i2v_v_step0", run.velocities[0]), ("i2v_final_latents", run.final)):
+        yield name, ours[0], golden[name], TOLERANCE
+    yield "i2v_video_head", coder.decode(run.final)[0, :, :head.shape[1]].half(), head, FLOAT16
+    run = run_video(meta, meta["calls"]["t2v_final_latents"], ("context", "context_null"), value(meta, "noise_t2v")[None], ("model",))
+    for name, ours in (("t2v_v_step0", run.velocities[0]), ("t2v_final_latents", run.final)):
+        yield name, ours[0], golden[name], TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------------------------------- the driver
+
+CASES = {"dit_s2v": dit_s2v, "dit": dit, "vae": vae, "umt5": umt5, "wav2vec": wav2vec, "audio_bucket": audio_bucket, "solvers": solvers,
+         "image_prep": image_prep, "pipeline_s2v": pipeline_s2v, "moe_switch": moe_switch, "pipeline_i2v": pipeline_i2v,
+         "pipeline_ti2v": pipeline_ti2v, "manifest": manifest}    # a case is run by the first whose name it begins with
+
+
+def run_case(path):
+    """All rows of one case; an unknown case and an output that nothing was compared with are failures."""
+    meta = json.loads(path.read_text(encoding="utf8"))
+    name = meta.get("case", path.stem)
+    run = next((CASES[prefix] for prefix in CASES if name.startswith(prefix)), None)
+    if run is None:
+        raise ValueError(f"{path}: unknown case {name!r}, known are those beginning with {', '.join(CASES)}")
+    tensors = path.with_suffix(".safetensors")
+    golden = load_file(tensors) if tensors.is_file() else {}
+    with torch.inference_mode():
+        rows = [compare(name, *row) for row in run(meta, golden)]
+    seen = {row.output for row in rows}
+    return rows + [Row(name, f"{output} (never compared)", np.inf, np.inf, np.inf, 0, False) for output in golden if output not in seen]
+
+
+def case_files(folder):
+    """The cases of a folder: every JSON but the summary of the manifests."""
+    return sorted(path for path in Path(folder).glob("*.json") if path.name != "manifest_summary.json")
+
+
+@pytest.mark.parametrize("path", case_files(GOLDEN), ids=lambda path: path.stem)
+def test_golden(path):
+    rows = run_case(path)
+    print("", *rows, sep="\n")
+    assert rows and all(row.ok for row in rows)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--golden", type=Path, help="folder of reference outputs")
+    p.add_argument("--only", default="", help="run the cases whose name contains this")
+    p.add_argument("--weights", type=Path, help="checkpoint folder in the official layout")
+    p.add_argument("--official", type=Path, help="checkout of the official repository")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    args = p.parse_args()
+    if args.weights and args.official:
+        from parity_official import compare as compare_official
+        rows = compare_official(args.weights, args.official, args.device, getattr(torch, args.dtype))
+        print(*rows, sep="\n")
+    elif args.golden:
+        files = [path for path in case_files(args.golden) if args.only in path.stem]
+        if not files:
+            raise ValueError(f"{args.golden} has no case{' named ' + args.only if args.only else ''}: wanted NAME.json beside NAME.safetensors")
+        rows = []
+        for path in files:
+            rows.append(run_case(path))
+            print(*rows[-1], sep="\n", flush=True)
+        rows = sum(rows, [])
+    else:
+        p.error("give --golden DIR, or --weights DIR with --official REPO")
+    failed = [row for row in rows if not row.ok]
+    print(f"{len(rows) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,414 @@
+"""Causal 3D VAE: video <-> latents, for Wan2.1 (stride 4, 8, 8) and Wan2.2 (stride 4, 16, 16), streaming in time.
+
+A video of P = 1 + 4n frames becomes T = 1 + n latent frames: the first frame is encoded alone, as a picture, and every four
+frames after it become one latent. No layer looks ahead in time, so a video can pass in pieces of any length, in constant memory.
+
+Each layer that looks back keeps its last one or two input frames. These live outside the network in `past`, a queue with one
+entry per such layer: a layer takes its entry from the front, puts the new one at the back, and one pass over the network turns
+the queue once. One rule covers the start of a stream: it starts with a single frame, whose entries are None, and for that frame
+convolutions see zeros before it and changes of frame rate let it through unchanged (so one frame stays one frame, both ways).
+
+Axes    B batch   T latent frames   P pixel frames   H W latent size   C width   n h w frames, height, width where a layer works
+Source  Wan-Video/Wan2.2@42bf4cf wan/modules/vae2_1.py and vae2_2.py, cited below as "official 2.1 L605", "official 2.2 L800".
+"""
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:              # the released Wan2.1 VAE, 126.9 M parameters
+    dim: int = 96             # encoder width at full resolution
+    dec_dim: int = 96         # decoder width at full resolution
+    z_dim: int = 16           # latent channels
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)         # width of each stage, in units of dim; all but the last halve the picture
+    num_res_blocks: int = 2                          # per encoder stage; decoder stages have one more
+    temporal_downsample: tuple[bool, ...] = (False, True, True)  # which of the halvings also halve the frame rate
+    patch: int = 1            # pixels of a patch x patch square enter as channels
+    shortcuts: bool = False   # stages have an average-down or repeat-up path around them
+    mean: tuple[float, ...] = (  # per latent channel, over the training videos: normalised latents have mean 0, deviation 1
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+    std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+    def __post_init__(self):
+        if not self.z_dim == len(self.mean) == len(self.std):
+            raise ValueError(f"VAEConfig wants z_dim values in mean and std, got {len(self.mean)} and {len(self.std)} for {self.z_dim}")
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(f"VAEConfig wants one temporal_downsample per halving, {len(self.dim_mult) - 1}, got {self.temporal_downsample}")
+
+    @property
+    def stride(self):
+        """Pixels per latent: (time, height, width)."""
+        space = self.patch * 2 ** (len(self.dim_mult) - 1)
+        return 2 ** sum(self.temporal_downsample), space, space
+
+
+VAE22 = VAEConfig(            # the released Wan2.2 VAE, 704.7 M parameters
+    dim=160, dec_dim=256, z_dim=48, patch=2, shortcuts=True,
+    mean=(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+          0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+          -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+          -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    std=(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+         0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744))
+
+
+# ---- moving pixels between space, time and channels ----
+
+def frames(x):
+    """(B, C, n, h, w) -> (B*n, C, h, w): single pictures, for layers that treat each frame alone."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def video(x, B):
+    """(B*n, C, h, w) -> (B, C, n, h, w), the way back."""
+    return x.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def gather(x, t, s):
+    """Move each t x s x s box of pixels into the channels: (B, C, n*t, h*s, w*s) -> (B, n, h, w, C, t, s, s)."""
+    x = x.unflatten(2, (-1, t)).unflatten(4, (-1, s)).unflatten(6, (-1, s))       # (B, C, n, t, h, s, w, s)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def scatter(x):
+    """The way back: (B, n, h, w, C, t, s, s) -> (B, C, n*t, h*s, w*s)."""
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)                                         # (B, n, t, h, s, w, s, C)
+    return x.flatten(1, 2).flatten(2, 3).flatten(3, 4).movedim(-1, 1)
+
+
+def patchify(x, s):
+    """(B, C, n, h*s, w*s) -> (B, C*s*s, n, h, w). Channels count columns before rows, unlike in the shortcuts (official 2.2 L294)."""
+    return gather(x, 1, s).transpose(6, 7).flatten(4).movedim(-1, 1)
+
+
+def unpatchify(x, s):
+    """(B, C*s*s, n, h, w) -> (B, C, n, h*s, w*s)."""
+    return scatter(x.movedim(1, -1).unflatten(-1, (-1, 1, s, s)).transpose(6, 7))
+
+
+def average_down(x, y, t, s):
+    """Shortcut of an encoder stage: x (B, C, n*t, h*s, w*s), averaged in groups of channels and pixels to the shape of y.
+
+    The first frame has no partner in time and is paired with a zero frame, which halves it (kept: official 2.2 L346).
+    """
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % t, 0))
+    return gather(x, t, s).flatten(4).unflatten(4, (y.shape[1], -1)).mean(5).movedim(-1, 1)   # (B, C', n, h, w)
+
+
+def repeat_up(x, y, t, s):
+    """Shortcut of a decoder stage: x (B, C, n, h, w) repeated to the shape of y (B, C', n*t, h*s, w*s).
+
+    The first frame stays one frame: only the last of its t copies is kept, as y has no more.
+    """
+    x = x.movedim(1, -1).repeat_interleave(y.shape[1] * t * s * s // x.shape[1], dim=-1)     # (B, n, h, w, C'*t*s*s)
+    return scatter(x.unflatten(-1, (-1, t, s, s)))[:, :, -y.shape[2]:]
+
+
+# ---- layers; x is (B, C, n, h, w) with channels last in memory throughout ----
+
+def conv3d(x, layer):
+    """F.conv3d, on a CPU always through oneDNN: for a small single video PyTorch would pick a kernel up to 15 times slower."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups)
+    return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+
+class CausalConv(nn.Conv3d):
+    """A convolution over this frame and the two before it. Its past: the last two input frames."""
+
+    def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1)):
+        super().__init__(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x, past):
+        old = past.popleft()
+        x = F.pad(x, (0, 0, 0, 0, 2, 0)) if old is None else torch.cat([old, x], dim=2)   # (B, C, 2+n, h, w)
+        past.append(x[:, :, -2:].clone())     # a copy: a view would keep all of x in memory
+        return conv3d(x, self)
+
+
+class HalveTime(CausalConv):
+    """n frames -> n/2, each from two frames and the one before them. Its past: the last input frame."""
+
+    def __init__(self, C):
+        super().__init__(C, C, (3, 1, 1), (2, 1, 1))
+
+    def forward(self, x, past):
+        old = past.popleft()
+        past.append(x[:, :, -1:].clone())
+        return x if old is None else conv3d(torch.cat([old, x], dim=2), self)
+
+
+class DoubleTime(CausalConv):
+    """n frames -> 2n: the convolution makes both frames of each pair. The first frame is neither doubled nor ever looked back at."""
+
+    def __init__(self, C):
+        super().__init__(C, 2 * C, (3, 1, 1))
+
+    def forward(self, x, past):
+        if past[0] is None:
+            past.popleft()
+            past.append(torch.zeros_like(torch.cat([x, x], dim=2)))
+            return x
+        x = super().forward(x, past)                                              # (B, 2C, n, h, w)
+        return scatter(x.movedim(1, -1).unflatten(-1, (2, -1, 1, 1)).transpose(4, 5))   # (B, C, 2n, h, w)
+
+
+class Downsample(nn.Module):
+    """Half the height and width, then half the frames if `time`."""
+
+    def __init__(self, C, time):
+        super().__init__()
+        self.space = nn.Conv2d(C, C, 3, stride=2)
+        self.time = HalveTime(C) if time else None
+
+    def forward(self, x, past):
+        x = video(self.space(F.pad(frames(x), (0, 1, 0, 1))), len(x))             # (B, C, n, h/2, w/2)
+        return self.time(x, past) if self.time else x
+
+
+class Upsample(nn.Module):
+    """Twice the frames if `time`, then twice the height and width."""
+
+    def __init__(self, c_in, c_out, time):
+        super().__init__()
+        self.time = DoubleTime(c_in) if time else None
+        self.space = nn.Conv2d(c_in, c_out, 3, padding=1)
+
+    def forward(self, x, past):
+        x = self.time(x, past) if self.time else x
+        return video(self.space(F.interpolate(frames(x), scale_factor=2.0)), len(x))   # (B, c_out, n, 2h, 2w)
+
+
+class RMSNorm(nn.Module):
+    """Over the channels of each pixel; `axes` is the number of axes after the channels. The mean square is taken in float32."""
+
+    def __init__(self, C, axes=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(C, *[1] * axes))
+
+    def forward(self, x):
+        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) * x.shape[1] ** -0.5
+        return (x / rms.clamp_min(1e-12).to(x.dtype)).mul_(self.gamma)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = RMSNorm(c_in)
+        self.conv1 = CausalConv(c_in, c_out)
+        self.norm2 = RMSNorm(c_out)
+        self.conv2 = CausalConv(c_out, c_out)
+        self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, past):
+        y = self.conv1(F.silu(self.norm1(x), inplace=True), past)
+        y = self.conv2(F.silu(self.norm2(y), inplace=True), past)
+        return y + self.shortcut(x)
+
+
+class Attention(nn.Module):
+    """Each pixel looks at every pixel of its own frame; one head."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.norm = RMSNorm(C, axes=2)
+        self.qkv = nn.Conv2d(C, 3 * C, 1)
+        self.proj = nn.Conv2d(C, C, 1)
+
+    def forward(self, x):
+        h, w = x.shape[3:]
+        y = self.qkv(self.norm(frames(x)))                                        # (B*n, 3C, h, w)
+        q, k, v = y.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=3)       # (B*n, 1, h*w, C) each
+        y = F.scaled_dot_product_attention(q, k, v)                               # (B*n, 1, h*w, C)
+        y = y.squeeze(1).transpose(1, 2).unflatten(2, (h, w))                     # (B*n, C, h, w)
+        return x + video(self.proj(y), len(x))
+
+
+class Middle(nn.Module):
+    """The only part that looks across the whole picture; works on the smallest one."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.block1 = ResBlock(C, C)
+        self.attention = Attention(C)
+        self.block2 = ResBlock(C, C)
+
+    def forward(self, x, past):
+        return self.block2(self.attention(self.block1(x, past)), past)
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, a change of resolution (if any), and in Wan2.2 a shortcut around them all."""
+
+    def __init__(self, c_in, c_out, blocks, resample=None, shortcut=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
+        self.resample = resample
+        self.shortcut = shortcut            # a function of the stage's input x and output y
+
+    def forward(self, x, past):
+        y = x
+        for block in self.blocks:
+            y = block(y, past)
+        if self.resample:
+            y = self.resample(y, past)
+        return y + self.shortcut(x, y) if self.shortcut else y
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, P, 8H, 8W) -> mean and log variance of the latents (B, 2*z_dim, T, H, W), not normalised."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        self.patch = cfg.patch
+        self.conv_in = CausalConv(3 * cfg.patch ** 2, widths[0])
+        self.stages = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
+            last = i == len(cfg.dim_mult) - 1
+            time = not last and cfg.temporal_downsample[i]
+            resample = None if last else Downsample(c_out, time)
+            shortcut = partial(average_down, t=1 + time, s=2 - last) if cfg.shortcuts else None   # the last one too, t = s = 1
+            self.stages.append(Stage(c_in, c_out, cfg.num_res_blocks, resample, shortcut))
+        self.middle = Middle(c_out)
+        self.norm_out = RMSNorm(c_out)
+        self.conv_out = CausalConv(c_out, 2 * cfg.z_dim)
+        self.to_latent = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
+
+    def forward(self, x, past):
+        x = patchify(x, self.patch).contiguous(memory_format=torch.channels_last_3d)
+        x = self.conv_in(x, past)
+        for stage in self.stages:
+            x = stage(x, past)
+        x = self.middle(x, past)
+        return self.to_latent(self.conv_out(F.silu(self.norm_out(x), inplace=True), past))
+
+
+class Decoder(nn.Module):
+    """Latents (B, z_dim, T, H, W), not normalised -> pixels (B, 3, P, 8H, 8W), not clamped."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        c_in = cfg.dec_dim * cfg.dim_mult[-1]
+        self.patch = cfg.patch
+        self.from_latent = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
+        self.conv_in = CausalConv(cfg.z_dim, c_in)
+        self.middle = Middle(c_in)
+        self.stages = nn.ModuleList()
+        for i, mult in enumerate(reversed(cfg.dim_mult)):
+            c_out = cfg.dec_dim * mult
+            last = i == len(cfg.dim_mult) - 1
+            time = not last and cfg.temporal_downsample[::-1][i]
+            c_up = c_out if cfg.shortcuts or last else c_out // 2                 # Wan2.1 halves the width on the way up
+            resample = None if last else Upsample(c_out, c_up, time)
+            shortcut = partial(repeat_up, t=1 + time, s=2) if cfg.shortcuts and not last else None
+            self.stages.append(Stage(c_in, c_out, cfg.num_res_blocks + 1, resample, shortcut))
+            c_in = c_up
+        self.norm_out = RMSNorm(c_out)
+        self.conv_out = CausalConv(c_out, 3 * cfg.patch ** 2)
+
+    def forward(self, z, past):
+        x = self.from_latent(z.contiguous(memory_format=torch.channels_last_3d))
+        x = self.middle(self.conv_in(x, past), past)
+        for stage in self.stages:             # everything from here on is local in space
+            x = stage(x, past)
+        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+        return unpatchify(x, self.patch)
+
+
+# ---- streams ----
+
+def new_past(net):
+    """The queue of a stream that has not begun: one None per layer that looks back in time."""
+    return deque(None for layer in net.modules() if isinstance(layer, CausalConv))
+
+
+def regroup(pieces, size):
+    """Cut an iterable of (B, C, any, h, w) pieces anew along time: first one frame alone, then `size` frames at a time, then the rest."""
+    rest, want = None, 1
+    for piece in pieces:
+        rest = piece if rest is None else torch.cat([rest, piece], dim=2)
+        while rest.shape[2] >= want:
+            yield rest[:, :, :want]
+            rest, want = rest[:, :, want:], size
+    if rest is not None and rest.shape[2]:
+        yield rest
+
+
+class VAE(nn.Module):
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.config = config
+        self.stride = config.stride
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, video, chunk=4):
+        """Video to normalised latents: the mean of the latent distribution, nothing is drawn.
+
+        video    (B, 3, P, h, w) float in [-1, 1]; P = 1 + 4n, h and w multiples of the stride (8, or 16 for Wan2.2)
+        chunk    latent frames computed together: a matter of speed and memory, not of the result
+        returns  (B, z_dim, 1 + n, h/8, w/8) float32
+        raises   ValueError for another frame count or size
+        source   official 2.1 L526-551 and L640, which drops (P - 1) % 4 frames silently where this refuses
+        """
+        self.check_frames(video.shape[2])
+        return torch.cat(list(self.encode_stream([video], chunk)), dim=2)
+
+    def decode(self, latents, chunk=4):
+        """Normalised latents to video.
+
+        latents  (B, z_dim, T, H, W)          chunk  latent frames computed together
+        returns  (B, 3, 1 + 4 (T-1), 8H, 8W) float32, clamped to [-1, 1] (16H, 16W for Wan2.2)
+        source   official 2.1 L553-575 and L651
+        """
+        return torch.cat(list(self.decode_stream([latents], chunk)), dim=2)
+
+    @torch.no_grad()
+    def encode_stream(self, pieces, chunk=4):
+        """encode() for an iterable of (B, 3, any, h, w) pieces, one video in all: a generator of latent pieces, in constant memory.
+
+        raises ValueError at the end if the frames were not 1 + 4n in all, at once for a size that is no multiple of the stride
+        """
+        past, mean, std, count = new_past(self.encoder), *self.moments(), 0
+        for x in regroup(pieces, self.stride[0] * chunk):
+            count += x.shape[2]
+            self.check_frames(count)
+            if x.shape[3] % self.stride[1] or x.shape[4] % self.stride[2]:
+                raise ValueError(f"vae.encode takes height and width in multiples of {self.stride[1]}, got {x.shape[3]} x {x.shape[4]}: "
+                                 f"crop or resize the video")
+            mu, _ = self.encoder(x.to(mean.device, self.dtype), past).float().chunk(2, dim=1)
+            yield (mu - mean) / std
+
+    @torch.no_grad()
+    def decode_stream(self, pieces, chunk=4):
+        """decode() for an iterable of (B, z_dim, any, H, W) pieces, one video in all: a generator of video pieces, in constant memory."""
+        past, mean, std = new_past(self.decoder), *self.moments()
+        for z in regroup(pieces, chunk):
+            z = z.to(mean.device, torch.float32) * std + mean
+            yield self.decoder(z.to(self.dtype), past).float().clamp_(-1, 1)
+
+    def check_frames(self, P):
+        t = self.stride[0]
+        if P < 1 or P % t != 1 % t:
+            lo = max(P - (P - 1) % t, 1)
+            raise ValueError(f"vae.encode takes 1 + {t}n frames, got {P}: trim to {lo} or pad to {lo + t}")
+
+    @property
+    def dtype(self):
+        return self.decoder.conv_in.weight.dtype
+
+    def moments(self):
+        """Mean and deviation of the raw latents, (1, z_dim, 1, 1, 1) float32 each, where the weights are."""
+        device = self.decoder.conv_in.weight.device
+        return [torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (self.config.mean, self.config.std)]

@@ -1,0 +1,408 @@
+"""Video files out and in, through the ffmpeg program that comes with imageio-ffmpeg: finished clips and the original sound out, pose frames in.
+
+Axes    P frames   H W height and width in pixels; clips are (3, P, H, W) float in [-1, 1], sizes (height, width)
+Source  Wan-Video/Wan2.2@42bf4cf wan/utils/utils.py (save_video, merge_video_audio), wan/speech2video.py (L297-376)
+Unlike the official code, which catches every error here, whatever goes wrong is raised as a one-line ValueError or OSError.
+"""
+import itertools
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from PIL import Image
+
+from pictures import fit_frame
+
+log = logging.getLogger("wan")
+SUFFIXES = (".mp4", ".mov")
+MP4_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")      # copied as they are; Opus and FLAC are legal in mp4 too, but many players stay silent
+QUALITY = ["-c:v", "libx264", "-preset", "medium", "-crf", "10"]      # what the official quality=8 comes to
+# Tagged BT.709, so that players show the colours that went in; untagged files (the official ones) are guessed at by size.
+TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p," \
+         "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
+CONTAINER = ["-map_metadata", "-1", "-fflags", "+bitexact", "-movflags", "+faststart", "-f", "mp4"]      # no dates or versions: same input, same bytes
+
+
+# ---- ffmpeg
+
+def ffmpeg_command(*args):
+    try:
+        return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *args]
+    except RuntimeError:
+        raise OSError("no ffmpeg program found: pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /") from None
+
+
+def source(path):
+    """Input arguments for a local file, whatever its name holds; playlists cannot reach the network."""
+    return ["-protocol_whitelist", "file,pipe", "-i", "file:" + os.path.abspath(path)]
+
+
+def run(*args):
+    """Run ffmpeg to its end -> what it wrote to stdout.  OSError with ffmpeg's own last line if it fails."""
+    done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        raise OSError(f"ffmpeg failed: {last_line(done.stderr, done.returncode)}")
+    return done.stdout.decode(errors="replace")
+
+
+def last_line(stderr, code):
+    """What ffmpeg said last, without "[out#0/mp4 @ 0x55..]"; if it said nothing, how it ended."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line not in ("", "Conversion failed!")]
+    return re.sub(r"^(\[[^]]*\] *)+", "", lines[-1]) if lines else f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a file holds; the picture fields are 0 or None without a picture, the sound fields without sound."""
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    frames: int = 0               # decoded, not what the header claims; 0 if not counted
+    duration: float = 0.0         # seconds of picture, frames / fps
+    video_codec: str | None = None
+    audio_codec: str | None = None
+    audio_duration: float = 0.0   # seconds, decoded; 0 if not counted
+
+    @property
+    def has_audio(self):
+        return self.audio_codec is not None
+
+
+def probe(path, count=True):
+    """What ffmpeg finds in a file -> Media.  count=False reads the header only; otherwise everything is decoded once.
+
+    raises  ValueError if the file is missing or holds neither picture nor sound
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"file not found: {path}")
+    header = subprocess.run(ffmpeg_command("-hide_banner", *source(path)), stdin=subprocess.DEVNULL, capture_output=True)
+    streams = [line for line in header.stderr.decode(errors="replace").splitlines() if line.lstrip().startswith("Stream #")]
+    picture = next((re.search(r" Video: (\w+).*?, (\d{2,})x(\d+)(.*)", line) for line in streams
+                    if " Video: " in line and "(attached pic)" not in line), None)
+    sound = next((re.search(r" Audio: (\w+)", line) for line in streams if " Audio: " in line), None)
+    if not picture and not sound:
+        raise ValueError(f"{path} holds no video or sound that can be read ({last_line(header.stderr, header.returncode)})")
+    width = height = frames = 0
+    fps = seconds = 0.0
+    if picture:
+        width, height = int(picture[2]), int(picture[3])
+        rate = re.search(r"([\d.]+)(k?) fps", picture[4]) or re.search(r"([\d.]+)(k?) tbr", picture[4])
+        fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 0.0
+        frames = int(_progress(path, "v", "frame")) if count else 0
+    if sound and count:
+        seconds = _progress(path, "a", "out_time_us") / 1e6
+    return Media(width, height, fps, frames, frames / fps if fps else 0.0, picture and picture[1], sound and sound[1], seconds)
+
+
+def _progress(path, kind, key):
+    """Decode the first video ("v") or audio ("a") stream to nowhere -> the last value of one field of ffmpeg's progress report."""
+    report = run(*source(path), "-map", f"0:{kind}:0", "-fps_mode", "passthrough", "-f", "null", "-progress", "pipe:1", "-nostats", "-")
+    found = re.findall(rf"^{key}=(\d+)", report, re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
+# ---- sound
+
+@dataclass(frozen=True)
+class Sound:
+    """A stretch of a sound file, and where it stands under the picture (all in seconds)."""
+    path: str
+    start: float         # first second used
+    seconds: float       # length used
+    delay: float         # silence before it
+    as_is: bool          # the whole file, not shifted, in a form that mp4 can hold
+
+    @property
+    def end(self):
+        return self.delay + self.seconds
+
+
+def open_sound(path, start=0.0, duration=None, shift=0.0):
+    """The stretch of a file that will be heard.  shift > 0: that many seconds later than the picture, < 0: earlier (its beginning is cut)."""
+    info = probe(path)
+    if not info.has_audio:
+        raise ValueError(f"{path} holds no sound")
+    begin = start + max(0.0, -shift)
+    end = info.audio_duration if duration is None else min(info.audio_duration, start + duration)
+    if end <= begin:
+        raise ValueError(f"{path} is {info.audio_duration:.2f} s long, nothing is left of it from {begin:.2f} s on: choose an earlier start")
+    whole = begin == 0 and shift <= 0 and end == info.audio_duration
+    as_is = whole and info.audio_codec in MP4_SOUND and info.video_codec is None      # beside a picture, sound may not start at 0
+    return Sound(path, begin, end - begin, max(0.0, shift), as_is)
+
+
+def add_sound(video, sound, seconds, target):
+    """Write `target`: the picture of `video` (copied), `seconds` long, and `sound`: copied if nothing has to be cut, otherwise as AAC."""
+    if sound.as_is and sound.end < seconds + 1e-3:
+        codec = ["-c:a", "copy"]
+    else:      # times count samples from the first one on, as the audio encoder does, whatever timestamps the file has
+        end = sound.start + min(sound.seconds, seconds - sound.delay)
+        codec = ["-c:a", "aac", "-b:a", "192k", "-af", f"asetpts=N/SR/TB,atrim=start={sound.start:.6f}:end={end:.6f},asetpts=N/SR/TB,"
+                 f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts=mono|stereo"]      # 7.1 AAC plays almost nowhere
+    run("-y", "-i", video, *source(sound.path), "-map", "0:v:0", "-map", "1:a:0", "-c:v", "copy", *codec, *CONTAINER, target)
+
+
+# ---- out
+
+def is_folder(path):
+    return str(path).endswith(("/", os.sep)) or os.path.isdir(path)
+
+
+def check_output(path, need=2**24):
+    """Raise ValueError unless a video (or, for a folder, PNG frames) of about `need` bytes can be written; call it before loading anything."""
+    full = os.path.abspath(path)
+    parent, folder = os.path.dirname(full), is_folder(path)
+    if folder and os.path.isdir(full) and os.listdir(full):
+        raise ValueError(f"{path} is a folder that is not empty: name a file such as {os.path.join(path, 'out.mp4')}, or an empty folder for PNG frames")
+    if not folder and os.path.splitext(full)[1].lower() not in SUFFIXES:
+        raise ValueError(f"cannot write {path}: wanted a name that ends in {' or '.join(SUFFIXES)}, or in / for a folder of PNG frames")
+    if not os.path.isdir(parent):
+        raise ValueError(f"cannot write {path}: the folder {parent} does not exist, create it first")
+    trial = _temporary(full)
+    try:
+        with open(trial, "xb") as file:      # really tried: permission bits do not tell of read-only or full disks
+            file.write(bytes(2**16))
+    except OSError as error:
+        raise ValueError(f"cannot write into {parent} ({error.strerror}): choose another folder") from None
+    finally:
+        _remove(trial)
+    free = shutil.disk_usage(parent).free
+    if free < need:
+        raise ValueError(f"cannot write {path}: {free / 2**20:.0f} MiB free, about {need / 2**20:.0f} MiB wanted: make room or choose another disk")
+    if not folder:
+        _check_encoder()
+
+
+def _check_encoder():
+    try:
+        known = "libx264" in run("-encoders")
+    except OSError as error:
+        raise ValueError(f"no working ffmpeg ({error}): pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /") from None
+    if not known:
+        raise ValueError(f"{imageio_ffmpeg.get_ffmpeg_exe()} has no H.264 encoder (libx264): pip install imageio-ffmpeg, "
+                         "or write PNG frames with an output path that ends in /")
+
+
+def _temporary(path, suffix=""):
+    return os.path.join(os.path.dirname(path), f".unfinished-{secrets.token_hex(4)}{suffix}")
+
+
+def _remove(path):
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
+class VideoWriter:
+    """Writes clips as they are made: H.264 yuv420p at the true frame rate, with the original sound, ending at the shorter of the two.
+
+        with VideoWriter("out.mp4", (height, width), fps=16, audio="a.wav") as out:
+            for clip in clips:
+                out.write(clip)          # (3, P, H, W) in [-1, 1], any P
+        print(out.summary)
+
+    path       .mp4 or .mov; a folder ("frames/", new or empty) takes every frame as 000000.png ... instead, and needs no ffmpeg
+    start, duration  seconds of the sound file to use        av_offset  frames by which the sound comes later (< 0: earlier)
+    Everything is written under a temporary name beside `path` and renamed at the end. If the block is left by an exception (Ctrl-C too)
+    nothing stays behind, unless finish_partial() was called: it keeps what was written so far as out.partial.mp4.
+    A killed process leaves .unfinished-*.mp4, which is playable: the encoder ends the file when the pipe closes.
+    raises     ValueError for wrong input, OSError when writing fails; both one line
+    """
+
+    def __init__(self, path, size, fps=16, audio=None, start=0.0, duration=None, av_offset=0):
+        check_output(path)
+        if not is_folder(path) and (size[0] % 2 or size[1] % 2):
+            raise ValueError(f"H.264 (yuv420p) wants an even width and height, got {size[1]}x{size[0]}: write PNG frames instead")
+        self.path, self.size, self.fps, self.as_frames = os.path.abspath(path), tuple(size), fps, is_folder(path)
+        self.sound = None if audio is None or self.as_frames else open_sound(audio, start, duration, shift=av_offset / fps)
+        self.limit = math.ceil(self.sound.end * fps - 1e-6) if self.sound else math.inf      # the last frame begins before the sound ends
+        self.temp = _temporary(self.path, "" if self.as_frames else ".mp4")
+        self.frames = self.dropped = 0      # written, and left out because the sound had ended
+        self.encoder = self.log = None
+        self.done, self.summary = False, ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def write(self, clip):
+        """Add the frames of a clip (3, P, H, W) in [-1, 1]. Values are truncated to 8 bits, not rounded, as the official save_video does."""
+        if clip.ndim != 4 or clip.shape[0] != 3 or tuple(clip.shape[2:]) != self.size:
+            raise ValueError(f"VideoWriter.write takes frames (3, P, {self.size[0]}, {self.size[1]}), got {tuple(clip.shape)}")
+        if not self.frames:
+            self._start()
+        for frame in clip.unbind(1):                                                 # (3, H, W)
+            if self.frames >= self.limit:
+                self.dropped += 1
+                continue
+            if not torch.isfinite(frame).all():
+                raise ValueError(f"frame {self.frames} holds NaN or infinite values: nothing sensible can be written")
+            frame = ((frame.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+            self._put(frame.permute(1, 2, 0).contiguous().cpu().numpy())             # (H, W, 3)
+            self.frames += 1
+
+    def close(self):
+        """Finish the file, add the sound, give it its name."""
+        if not self.done:
+            if not self.frames:
+                self.abort()
+                raise ValueError(f"no frames were made, {self.path} is not written")
+            self._finish(self.path)
+
+    def finish_partial(self):
+        """End early and keep the frames written so far, with their sound, as a valid file out.partial.mp4 (or folder) -> its path.
+        None if there are no frames to keep."""
+        if self.done or not self.frames:
+            self.abort()
+            return None
+        target = self._partial_name()
+        self._finish(target)
+        return target
+
+    def abort(self):
+        """Stop and leave nothing behind. Harmless after close() or finish_partial()."""
+        self.done = True
+        if self.encoder is not None:
+            self.encoder.kill()
+            self._wait()
+            self.log.close()
+        _remove(self.temp)
+
+    def _start(self):
+        if self.as_frames:
+            os.makedirs(self.temp, exist_ok=True)
+        elif self.encoder is None:
+            raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps), "-i", "pipe:0"]
+            command = ffmpeg_command("-v", "error", *raw, "-vf", TO_YUV, *QUALITY, *CONTAINER, self.temp)
+            self.log = tempfile.TemporaryFile()
+            self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log,
+                                            start_new_session=True)      # Ctrl-C is ours to handle
+
+    def _put(self, frame):
+        if self.as_frames:
+            try:
+                Image.fromarray(frame).save(os.path.join(self.temp, f"{self.frames:06d}.png"))
+            except OSError as error:
+                self.abort()
+                raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
+            return
+        try:
+            self.encoder.stdin.write(frame)
+        except OSError:      # the encoder is gone
+            self._failed()
+
+    def _wait(self):
+        """Close the pipe and wait for the encoder -> its exit status."""
+        try:
+            self.encoder.stdin.close()
+        except OSError:      # frames still in the pipe of a dead encoder
+            pass
+        return self.encoder.wait()
+
+    def _failed(self):
+        code = self._wait()
+        self.log.seek(0)
+        reason = last_line(self.log.read(), code)
+        self.abort()
+        raise OSError(f"cannot write {self.path}: the video encoder stopped ({reason})")
+
+    def _partial_name(self):
+        stem, suffix = os.path.splitext(self.path)
+        names = (f"{stem}.partial{n or ''}{suffix}" for n in itertools.count())
+        return next(name for name in names if not os.path.lexists(name))      # an earlier one may be all that someone has
+
+    def _finish(self, target):
+        seconds, muxed = self.frames / self.fps, _temporary(self.path, ".mp4")
+        try:
+            if self.encoder is not None and self._wait():
+                self._failed()
+            try:
+                if self.as_frames and os.path.isdir(target):
+                    os.rmdir(target)      # empty, see check_output
+                elif self.sound and self.sound.delay < seconds:
+                    add_sound(self.temp, self.sound, seconds, muxed)
+                    os.replace(muxed, self.temp)
+                os.replace(self.temp, target)
+            except OSError as error:      # the picture is finished: hours of work are not thrown away for its sound or its name
+                kept = self._partial_name()
+                os.replace(self.temp, kept)
+                raise OSError(f"cannot finish {target} ({error}); the finished picture is kept as {kept}") from None
+        finally:
+            _remove(muxed)
+            self.abort()
+        self._summarise(target, seconds)
+
+    def _summarise(self, target, seconds):
+        self.summary = f"{target}: {self.frames} frames of {self.size[1]}x{self.size[0]}, {seconds:.3f} s at {self.fps:g} fps"
+        if self.dropped:
+            self.summary += f"; {self.dropped} frames after the end of the sound left out"
+        if self.sound and self.sound.end - seconds > 1 / self.fps:
+            self.summary += f"; the last {self.sound.end - seconds:.3f} s of the sound have no picture and were cut"
+
+
+# ---- pose frames in
+
+def pose_step(video_fps, fps=16):
+    """Every how many-th frame of a pose video is used; round half to even as official L318 (24, 25, 30, 40 -> 2; 12 -> 1)."""
+    return max(1, round(video_fps / fps))
+
+
+def load_pose(path, frames, size, fps=16, first=0, official=False):
+    """Pose frames first ... first + frames - 1 of the video to make, as one tensor.
+
+    size      (height, width) of the video; each frame is laid over it as the reference picture is (official: with grey bars, see fit_frame)
+    returns   (3, frames, H, W) float32 in [-1, 1]; where the pose video has ended the rest is -1 (black: no pose), with a warning
+    raises    ValueError (one line) if the file is missing or not a video
+    """
+    info = probe(path, count=False)
+    if info.video_codec is None:
+        raise ValueError(f"{path} holds no picture: wanted a pose video")
+    clip, n = torch.full((3, frames, *size), -1.0), max(0, first - 1)
+    before = n      # one frame more than needed tells whether the video ends in this clip or ended earlier
+    for frame in read_frames(path, pose_step(info.fps, fps), before, first + frames - before):
+        if n >= first:
+            clip[:, n - first] = fit_frame(frame, size, official)
+        n += 1
+    if n == 0:
+        raise ValueError(f"{path}: no video frame could be read")
+    if before < n < first + frames:
+        log.warning("the pose video ends after %d frames at %g fps: no pose from there on", n, fps)
+    return clip
+
+
+def read_frames(path, every=1, first=0, count=-1):
+    """Frames first * every, (first + 1) * every, ... of a video, `count` of them or all -> iterator of (h, w, 3) uint8.
+
+    One frame at a time comes through a pipe, so a long video is never in memory; as PPM, which tells its own size (after rotation).
+    """
+    chosen = rf"select=gte(n\,{first * every})*not(mod(n\,{every}))"
+    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:v:0", "-vf", chosen, "-fps_mode", "passthrough",
+                             *(["-frames:v", str(count)] if count >= 0 else []), "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-")
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as ffmpeg:
+        try:
+            while ffmpeg.stdout.readline() == b"P6\n":
+                w, h = map(int, ffmpeg.stdout.readline().split())
+                ffmpeg.stdout.readline()      # 255
+                frame = np.empty(h * w * 3, np.uint8)
+                if ffmpeg.stdout.readinto(frame) < frame.size:
+                    break
+                yield frame.reshape(h, w, 3)
+        finally:
+            ffmpeg.kill()

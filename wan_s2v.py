@@ -1,0 +1,359 @@
+"""WanS2VPipeline: one picture and one sound become one video, clip by clip.
+
+Stages  plan -> text (umT5) -> audio (wav2vec2) -> picture (VAE) -> per clip: denoise, decode, encode the last frames for the next clip.
+Each network is loaded when its stage begins and released when it ends; frames leave as soon as their clip is done.
+
+A clip of 80 frames is 20 latent frames. It is decoded behind other latents, so that its first frame is no still: behind the 19 latents
+of the 73 frames before it, or, for the first clip, behind the reference picture's latent; then 3 more frames are dropped, in which the
+decoder warms up. So the first clip shows 77 frames of the 80 it heard (see `av_offset` in video.py).
+
+Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
+Source  Wan-Video/Wan2.2@42bf4cf wan/speech2video.py
+"""
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from audio import RATE, audio_features, frame_columns, load_audio
+from convert_weights import open_checkpoint
+from model import MOTION_BUCKETS, PATCH
+from pictures import fit_picture, load_image, s2v_size
+from sampling import Experts, denoise
+from solver import SOLVERS, make_solver
+from text import Tokenizer, encode_prompt
+from video import VideoWriter, load_pose
+
+FPS = 16
+WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
+MOTION_FRAMES = 73           # pixel frames of the past that a clip sees: 19 latents
+REF_MOTION_FRAMES = 6        # start_from_ref: how many of the motion frames are the reference picture (official L506)
+MAX_CLIP_FRAMES = 120        # 30 latent frames have RoPE times 0..29; the reference picture has 30 and must not be met
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a user may choose about one video, of any task. None stands for the checkpoint's own value."""
+    audio: str | None = None
+    image: str | None = None
+    prompt: str = ""
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None   # (width, height): with a picture, their product is a budget and the picture's shape is kept
+    steps: int | None = None
+    shift: float | None = None
+    guidance: float | tuple[float, ...] | None = None   # one value, or (low noise, high noise) experts
+    solver: str | None = None
+    seed: int = 42                        # of clip 0; clip r has seed + r
+    frames: int | None = None             # of the whole video, at most
+    clips: int | None = None              # at most; the audio may need fewer
+    clip_frames: int | None = None        # pixel frames made at once: a multiple of 4, at most 120
+    pose_video: str | None = None
+    start_from_ref: bool = False          # the first clip begins with the reference picture itself
+    start: float = 0.0                    # seconds into the audio
+    duration: float | None = None         # seconds of audio to use
+
+    def resolve(self, sampling, **defaults):
+        """Fill in the checkpoint's values and check all.  raises ValueError with the name, what is wanted and what came"""
+        defaults = {name: sampling[name] for name in ("steps", "shift", "guidance", "solver", "negative_prompt", "size")} | defaults
+        o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        o = replace(o, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
+        for name, ok, want in (
+                ("steps", 1 <= o.steps <= 1000, "1 to 1000"),
+                ("shift", 0 < o.shift <= 100, "above 0, at most 100"),
+                ("guidance", all(0 <= g <= 50 for g in o.guidance), "0 to 50 (1 or less turns guidance off)"),
+                ("solver", o.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+                ("seed", 0 <= o.seed < 2 ** 63, "0 to 2^63 - 1"),
+                ("size", len(o.size) == 2 and min(o.size) >= 1, "two positive numbers, width and height"),
+                ("frames", o.frames is None or o.frames >= 1, "1 or more"),
+                ("clips", o.clips is None or o.clips >= 1, "1 or more"),
+                ("start", o.start >= 0, "0 or more seconds"),
+                ("duration", o.duration is None or o.duration > 0, "more than 0 seconds"),
+                ("clip_frames", o.clip_frames is None or (o.clip_frames % 4 == 0 and 4 <= o.clip_frames <= MAX_CLIP_FRAMES),
+                 f"a multiple of 4 (a latent frame is 4 frames) up to {MAX_CLIP_FRAMES} (more would meet the reference picture's position)")):
+            if not ok:
+                raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
+        return o
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made, and what it takes; made from file headers, before anything is loaded."""
+    options: Options
+    sound: torch.Tensor          # (samples,) 16 kHz mono
+    height: int                  # of a frame in pixels
+    width: int
+    clips: int
+    latent_shape: tuple[int, int, int]   # T, H, W of one clip
+    tokens: tuple[int, int]      # of the first clip, of a later one
+    weights: dict[str, float]    # component -> GiB
+
+    @property
+    def frames(self):
+        """Of the whole video."""
+        total = self.clips * self.options.clip_frames - (0 if self.options.start_from_ref else WARM_UP)
+        return min(total, self.options.frames or total)
+
+    def __str__(self):
+        o, seconds = self.options, len(self.sound) / RATE
+        end = min(seconds, self.frames / FPS)
+        cut = "" if abs(seconds - self.frames / FPS) < 1 / FPS else \
+            f"; {'sound' if seconds > end else 'picture'} cut to {end:.2f} s, the shorter of the two"
+        return "\n".join((
+            f"sound    {seconds:.2f} s of {Path(o.audio).name}",
+            f"video    {self.width}x{self.height}, {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames -> {self.frames} frames "
+            f"at {FPS} fps = {self.frames / FPS:.2f} s{cut}",
+            f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
+            f"tokens   {self.tokens[0]:,} in the first clip, {self.tokens[1]:,} in a later one",
+            f"weights  {size_table(self.weights)}",
+        ))
+
+
+class Stages:
+    """Seconds spent per stage: `with stages("text"): ...`"""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def __call__(self, name):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def __str__(self):
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video.  frames (3, P, height, width) float32 in [-1, 1]"""
+    frames: torch.Tensor
+    fps: float
+    options: Options
+
+    def save(self, path, av_offset=0):
+        """Write an mp4 with the sound, or PNG frames if path ends in "/"."""
+        with open_writer(path, self.frames.shape[2:], self.options, av_offset) as writer:
+            writer.write(self.frames)
+        return path
+
+
+def open_writer(path, size, options, av_offset=0):
+    return VideoWriter(path, size, FPS, audio=options.audio, start=options.start, duration=options.duration, av_offset=av_offset)
+
+
+def token_counts(latent_shape):
+    """Tokens of a clip with (T, H, W) latents: (first clip, later clip with motion tokens)."""
+    T, H, W = latent_shape
+    first = (T + 1) * (H // PATCH[1]) * (W // PATCH[2])              # video and reference
+    return first, first + sum(frames // t * (H // h) * (W // w) for _, frames, (t, h, w) in MOTION_BUCKETS)
+
+
+class WanS2VPipeline:
+    """Picture + sound -> video. See `__call__`; `generate` gives the frames clip by clip."""
+
+    def __init__(self, checkpoint, device, dtype):
+        if not checkpoint.configs["denoiser"].audio_dim:
+            raise ValueError(f"a speech-to-video checkpoint is wanted, got {checkpoint.task}, which has no audio layers")
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+
+    @classmethod
+    def from_pretrained(cls, path, torch_dtype=None, device_map="auto"):
+        """path        folder in the official or converted layout, or a hub id that huggingface_hub can find
+        torch_dtype    of the large linear layers on a GPU: bfloat16 (default) or float32; float16 runs as bfloat16; a CPU runs float32
+        device_map     "auto" (a GPU if there is one), or a device
+        raises         ValueError naming what is missing or wrong
+        """
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_map in (None, "auto") else device_map)
+        return cls(open_checkpoint(local_folder(path)), device, run_dtype(torch_dtype, device))
+
+    # ------------------------------------------------------------------------------------------------------------- stages
+
+    def plan(self, options):
+        """Options -> Plan. Reads the sound and the picture's size, no weights."""
+        sampling, vae = self.checkpoint.sampling, self.checkpoint.configs["vae"]
+        options = options.resolve(sampling, clip_frames=sampling["frames"])
+        for name in ("audio", "image"):
+            if getattr(options, name) is None:
+                raise ValueError(f"{self.checkpoint.task} needs an {name}: give a file")
+        sound = load_audio(options.audio, options.start, options.duration)
+        picture = load_image(options.image)
+        stride = vae.stride
+        height, width = s2v_size(picture.height, picture.width, options.size[0] * options.size[1], step=8 * stride[1])
+        columns = self.checkpoint.configs["audio"].columns(len(sound))                       # 50 a second
+        _, needed = frame_columns(int(columns / 50 * 30), FPS, options.clip_frames)
+        shape = (options.clip_frames // stride[0], height // stride[1], width // stride[2])
+        clips = min(options.clips or needed, needed)
+        if options.frames:
+            clips = min(clips, -(-(options.frames + (0 if options.start_from_ref else WARM_UP)) // options.clip_frames))
+        return Plan(options, sound, height, width, clips, shape, token_counts(shape), self.checkpoint.sizes())
+
+    def encode_audio(self, plan):
+        """The plan's sound -> wav2vec2 states (1, states, audio_dim, columns), one column per pixel frame of all clips"""
+        encoder = self.checkpoint.load("audio", self.device, torch.float32)
+        features, _ = audio_features(encoder, plan.sound, FPS, plan.options.clip_frames)
+        return features[None]
+
+    def encode_pose(self, vae, plan, clip):
+        """Pose latents of a clip (1, z, T, H, W), or None without a pose video (which is not the same as a black one)."""
+        if plan.options.pose_video is None:
+            return None
+        n = plan.options.clip_frames
+        pose = load_pose(plan.options.pose_video, n, (plan.height, plan.width), FPS, first=clip * n).to(self.device)[None]
+        return vae.encode(torch.cat([pose[:, :, :1], pose], dim=2))[:, :, 1:]                # frame 0 twice, its latent dropped
+
+    # --------------------------------------------------------------------------------------------------------------- clips
+
+    @torch.inference_mode()
+    def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
+        """Make a video clip by clip.
+
+        plan      from `plan`                   stage     a Stages, to collect times
+        progress  wraps the list of steps of clip number `clip`
+        yields    (3, P, height, width) float32 in [-1, 1] on the CPU
+        """
+        stage, o = stage or Stages(), plan.options
+        with stage("text"):
+            text, negative = encode_text(self.checkpoint, (o.prompt, o.negative_prompt), self.device, self.dtype)
+        with stage("audio"):
+            audio = self.encode_audio(plan)
+        with stage("picture"):
+            vae = self.checkpoint.load("vae", self.device, torch.float32)
+            picture = fit_picture(load_image(o.image), (plan.height, plan.width)).to(self.device)[None, :, None]
+        shape, experts = (1, vae.config.z_dim, *plan.latent_shape), load_experts(self.checkpoint, self.device, self.dtype)
+        inputs = ClipInputs(text, negative, audio, picture, pose=lambda clip: self.encode_pose(vae, plan, clip),
+                            noise=lambda clip: draw_noise(shape, o.seed + clip, self.device, self.dtype))  # bf16 noise as official L571
+        left = plan.frames
+        for frames in make_clips(inputs, vae, experts, o, plan.clips, stage, progress):
+            yield frames[0, :, :left].float().cpu()
+            left -= frames.shape[2]
+
+    def __call__(self, audio_path, image_path, prompt="", negative_prompt=None, num_frames=None, height=None, width=None,
+                 guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, **options):
+        """One video from a sound and a picture.
+
+        audio_path, image_path   files of any common format
+        num_frames               length of the video at 16 fps, at most; default: as long as the sound
+        height, width            a pixel budget: the picture's own shape is kept, scaled down to height * width pixels at most
+        guidance_scale, num_inference_steps    default: the checkpoint's
+        generator                a torch.Generator: its seed is used
+        enable_cpu_offload       no effect: every network leaves the device when its stage ends
+        use_fp16                 runs as bfloat16, with a warning: float16 overflows in this model family
+        options                  any other field of Options: shift, solver, seed, clips, clip_frames, pose_video, start_from_ref, ...
+        returns                  Video, with .frames and .save(path)
+        raises                   ValueError for files or values that cannot be used
+        """
+        if use_fp16:
+            run_dtype(torch.float16, self.device)
+        if (height is None) != (width is None):
+            raise ValueError(f"height and width go together, got height {height} and width {width}")
+        if generator is not None:
+            options["seed"] = generator.initial_seed()
+        size = None if height is None else (width, height)
+        plan = self.plan(Options(audio_path, image_path, prompt, negative_prompt, size, num_inference_steps, guidance=guidance_scale,
+                                 frames=num_frames, **options))
+        return Video(torch.cat(list(self.generate(plan)), dim=1), FPS, plan.options)
+
+
+# ------------------------------------------------------------------------------------------------------------- the clip loop
+
+@dataclass(frozen=True)
+class ClipInputs:
+    """What the clips of one video are made from."""
+    text: torch.Tensor           # umT5 rows of the prompt (1, S, text_dim)
+    negative: torch.Tensor       # of the negative prompt
+    audio: torch.Tensor          # (1, states, audio_dim, columns): one column per pixel frame of all clips
+    picture: torch.Tensor        # (1, 3, 1, height, width) in [-1, 1]
+    noise: Callable              # clip number -> (1, z, T, H, W)
+    pose: Callable = lambda clip: None   # clip number -> pose latents (1, z, T, H, W) or None
+
+
+def decode_behind(vae, lead, latents, n):
+    """Decode latents behind others and keep the last n frames, on the CPU.  lead, latents (1, z, any T, H, W) -> (1, 3, n, height, width)"""
+    skip, kept = 1 + vae.stride[0] * (lead.shape[2] + latents.shape[2] - 1) - n, []
+    for frames in vae.decode_stream([lead, latents]):
+        kept.append(frames[:, :, skip:].cpu())
+        skip = max(0, skip - frames.shape[2])
+    return torch.cat(kept, dim=2)
+
+
+def make_clips(inputs, vae, experts, options, clips, stage, progress):
+    """The clip loop: yields the frames of each clip (1, 3, P, height, width), P = clip_frames, or 3 less for the first."""
+    o, n, picture = options, options.clip_frames, inputs.picture
+    with stage("picture"):
+        ref = vae.encode(picture)                                    # (1, z, 1, H, W)
+        history = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)                # mid grey before the first clip
+        if o.start_from_ref:
+            history[:, :, -REF_MOTION_FRAMES:] = picture
+        motion = vae.encode(history)                                 # (1, z, 19, H, W)
+    for clip in range(clips):
+        first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
+        pose, audio = inputs.pose(clip), inputs.audio[..., clip * n:(clip + 1) * n]
+        noise = inputs.noise(clip)
+
+        def prepare(net, positive):
+            text, heard = (inputs.text, audio) if positive else (inputs.negative, 0 * audio)
+            return net.prepare(noise.shape[2:], text, heard, ref, None if first else motion, pose)
+
+        with stage("denoise"):
+            solver = make_solver(o.solver, o.steps, o.shift)
+            latents = denoise(experts, solver, noise, prepare, o.guidance, progress=lambda steps: progress(clip, steps))
+        with stage("decode"):
+            frames = decode_behind(vae, ref if first else motion, latents, n)[:, :, WARM_UP if first else 0:]
+        yield frames
+        if clip + 1 < clips:
+            with stage("motion"):                                    # as floats: 8 bits in between are seen as decay
+                history = torch.cat([history.cpu(), frames], dim=2)[:, :, -MOTION_FRAMES:]
+                motion = vae.encode(history.to(picture.device))
+
+
+# -------------------------------------------------------------------------------------------- what every task's pipeline does
+
+def size_table(sizes):
+    """{component: GiB} -> one line"""
+    return ", ".join(f"{name} {gib:.1f} GiB" if gib >= 1 else f"{name} {1024 * gib:.1f} MiB" for name, gib in sizes.items())
+
+
+def encode_text(checkpoint, prompts, device, dtype):
+    """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""
+    encoder = checkpoint.load("text", device, dtype)
+    tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len)
+    return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
+
+
+def load_experts(checkpoint, device, dtype):
+    """The denoisers, each loaded when its steps come."""
+    return Experts(checkpoint.experts, checkpoint.boundary, lambda name: checkpoint.load(name, device, dtype), keep=device.type == "cpu")
+
+
+def draw_noise(shape, seed, device, dtype):
+    """From a fresh generator on the run's device, so that a seed gives what it gives in the official code."""
+    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+def run_dtype(wanted, device):
+    """The dtype of the linear layers: float32 on a CPU, bfloat16 on a GPU unless float32 is asked for."""
+    if wanted == torch.float16:
+        print("warning: float16 overflows in this model family; running in bfloat16", file=sys.stderr)
+    if device.type == "cpu" or wanted == torch.float32:
+        return torch.float32
+    return torch.bfloat16
+
+
+def local_folder(path):
+    """A checkpoint folder on this machine, fetched by huggingface_hub if path is a hub id and that package is installed."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(path)))
+    except ImportError:
+        raise ValueError(f"no checkpoint folder {path}: give a folder, or install huggingface_hub to use a hub id") from None
+    except Exception as error:
+        raise ValueError(f"no checkpoint folder {path}, and the hub did not give it ({type(error).__name__}): give a local folder") from None
