@@ -21,6 +21,7 @@ import signal
 import struct
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,7 +34,9 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import audio
+import fp8
 import model
+import offload
 import text
 import vae
 
@@ -186,6 +189,13 @@ def injector_rules(config):
     return rules
 
 
+def official_rules(kind, config):
+    """The name table of an official component."""
+    if kind == "denoiser":
+        return injector_rules(config) + DENOISER
+    return vae_rules(config) if kind == "vae" else {"text": TEXT, "audio": AUDIO}[kind]
+
+
 def vae_place(config, net, stage, j):
     """Where the official file keeps block j of a stage, or behind the blocks its resampler: Wan2.1 counts through all stages."""
     row = "downsamples" if net == "encoder" else "upsamples"
@@ -202,16 +212,17 @@ def vae_place_diffusers(config, net, stage, j):
 
 def vae_rules(config, diffusers=False):
     """The table of a VAE's names, which depends on how many blocks a stage has."""
-    table, block, place, middle = (VAE_DIFFUSERS, VAE_BLOCK_DIFFUSERS, vae_place_diffusers, ("mid_block.resnets.0", "mid_block.resnets.1")) \
-        if diffusers else (VAE, VAE_BLOCK, vae_place, ("middle.0", "middle.2"))
+    table, block, place, middle = VAE, VAE_BLOCK, vae_place, "middle.{}"
+    if diffusers:
+        table, block, place, middle = VAE_DIFFUSERS, VAE_BLOCK_DIFFUSERS, vae_place_diffusers, "mid_block.resnets.{}"
     rules = []
     for net, n in (("encoder", config.num_res_blocks), ("decoder", config.num_res_blocks + 1)):
         for stage in range(len(config.dim_mult)):
             pieces = [(j, f"blocks.{j}", block) for j in range(n)] + [(n, "resample", VAE_RESAMPLE)]
             rules += [(f"{place(config, net, stage, j)}.{theirs}", f"{net}.stages.{stage}.{where}.{ours}")
                       for j, where, piece in pieces for theirs, ours in piece]
-        rules += [(f"{net}.{old}.{theirs}", f"{net}.middle.{new}.{ours}")
-                  for old, new in zip(middle, ("block1", "block2")) for theirs, ours in block]
+        rules += [(f"{net}.{middle.format(i)}.{theirs}", f"{net}.middle.{name}.{ours}")
+                  for i, name in ((0, "block1"), (1 if diffusers else 2, "block2")) for theirs, ours in block]
     return rules + table
 
 
@@ -222,20 +233,12 @@ def pattern(template):
 
 
 def rename(name, rules):
-    """Their name -> our name; None for a known key that is not needed. KeyError for an unknown one."""
+    """Their name -> our name; None for a known key that is not needed, "" for an unknown one."""
     for theirs, ours in rules:
         if match := pattern(theirs).fullmatch(name):
             parts = iter(match.groups())
             return ours and re.sub(r"[#*]", lambda _: next(parts), re.sub(r"[\[\]]", "", ours))
-    raise KeyError(name)
-
-
-def known_name(name, rules):
-    """As `rename`; None for an unknown key too."""
-    try:
-        return rename(name, rules)
-    except KeyError:
-        return None
+    return ""
 
 
 def inverse(rules):
@@ -279,15 +282,18 @@ def open_safetensors(path):
 
 def open_pickle(path):
     """{name: Entry} of one torch.save file. Only tensors and plain containers are unpickled, nothing in the file is executed."""
-    with open(path, "rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"      # zip: every torch.save since 1.6; the older format cannot be mapped into memory
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        with open(path, "rb") as file:
+            mapped = file.read(4) == b"PK\x03\x04"  # zip: every torch.save since 1.6; the older format cannot be mapped into memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # about pickle versions, of files that are refused right after
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} is a pickle that calls {code[1]}: refused, nothing was executed; wanted tensors alone") from None
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        raise ValueError(f"{path} is not a whole file of tensors ({reason}): copy or download it again") from None
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)|(.*)", str(error) or type(error).__name__)
+        raise ValueError(f"{path} is not a whole file of tensors ({(reason[1] or reason[2])[:100]}): refused, nothing in it was executed; "
+                         f"copy or download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: wanted a dictionary name -> tensor, got {type(tensors).__name__} with other values in it")
     return {name: Entry(path, tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in tensors.items()}
@@ -344,29 +350,26 @@ def require(folder, wanted):
 NETWORKS = {"denoiser": model.Denoiser, "vae": vae.VAE, "text": text.TextEncoder, "audio": audio.AudioEncoder}
 CONFIGS = {"denoiser": model.Config, "vae": vae.VAEConfig, "text": text.TextConfig, "audio": audio.AudioConfig}
 
-SIGNATURES = [   # a key by which a file gives itself away
-    ("casual_audio_encoder.weights", "an S2V denoiser"),
-    ("img_emb.proj.1.weight", "a Wan2.1 image-to-video denoiser"),
-    ("condition_embedder.time_proj.weight", "a diffusers-layout denoiser"),
-    ("patch_embedding.weight", "a T2V, I2V or TI2V denoiser"),
-    ("decoder.upsamples.0.upsamples.0.residual.0.gamma", "the Wan2.2 VAE"),
-    ("decoder.upsamples.0.residual.0.gamma", "the Wan2.1 VAE"),
-    ("decoder.up_blocks.0.resnets.0.norm1.gamma", "a diffusers-layout VAE"),
-    ("token_embedding.weight", "the umT5 encoder"),
-    ("encoder.final_layer_norm.weight", "a transformers-layout umT5 encoder"),
-    ("wav2vec2.feature_projection.projection.weight", "a wav2vec2 encoder"),
+SIGNATURES = [   # how keys begin by which a file gives itself away; the first that occurs counts
+    ("model.diffusion_model.", "a single file for ComfyUI"),
+    ("diffusion_model.", "a LoRA or a single file for ComfyUI"),
+    ("casual_audio_encoder.", "an S2V denoiser"),
+    ("img_emb.", "a Wan2.1 image-to-video denoiser"),
+    ("condition_embedder.", "a diffusers-layout denoiser"),
+    ("blocks.0.self_attn.", "a T2V, I2V or TI2V denoiser"),
+    ("decoder.upsamples.0.upsamples.", "the Wan2.2 VAE"),
+    ("decoder.upsamples.", "the Wan2.1 VAE"),
+    ("decoder.up_blocks.", "a diffusers-layout VAE"),
+    ("blocks.0.attn.", "the umT5 encoder"),
+    ("encoder.block.", "a transformers-layout umT5 encoder"),
+    ("wav2vec2.", "a wav2vec2 encoder"),
+    ("feature_extractor.conv_layers.", "a wav2vec2 encoder"),
 ]
 
 
 def describe(names):
-    """What a file with these keys is."""
-    for key, what in SIGNATURES:
-        if key in names or key.removeprefix("wav2vec2.") in names:
-            return what
-    prefixed = [n for n in names if n.startswith(("model.diffusion_model.", "diffusion_model."))]
-    if any(".lora_" in n for n in names):
-        return "a LoRA"
-    return "a single file for ComfyUI" if prefixed else "an unknown model"
+    """What a file with these keys is, or None."""
+    return next((what for start, what in SIGNATURES if any(name.startswith(start) for name in names)), None)
 
 
 class WithoutInit(TorchFunctionMode):
@@ -396,14 +399,13 @@ def match(entries, rules, kind, config, what):
     returns  {our name: Entry}, complete
     raises   ValueError naming the file, the first key that does not fit, both shapes, and how many more there are
     """
-    found, problems = {}, []
-    wanted = parameter_shapes(kind, config)
-    files = ", ".join(sorted({str(entry.file) for entry in entries.values()})) or "no file"
+    found, problems, wanted = {}, [], parameter_shapes(kind, config)
+    files = sorted({entry.file for entry in entries.values()}) or ["an empty file"]
+    files = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+    if what in dict(SIGNATURES).values() and describe(entries) not in (what, None):
+        raise ValueError(f"{files} holds {describe(entries)}, wanted {what}")
     for name, entry in entries.items():
-        try:
-            ours = rename(name, rules)
-        except KeyError:
-            ours = name
+        ours = rename(name, rules)
         if ours is None:
             continue
         if ours not in wanted:
@@ -414,11 +416,10 @@ def match(entries, rules, kind, config, what):
             problems.append(f"{entry.file}: {name} has shape {entry.shape}, wanted {wanted[ours]}")
         found.setdefault(ours, entry)
     theirs = inverse(rules)
-    problems += [f"{files}: {rename(name, theirs)} is missing, wanted shape {shape}" for name, shape in wanted.items() if name not in found]
+    problems += [f"{files}: {rename(name, theirs) or name} is missing, wanted shape {shape}"
+                 for name, shape in wanted.items() if name not in found]
     if problems:
-        got = describe(entries)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"{files} holds {got}, wanted {what}" if got != what and what else problems[0] + more)
+        raise ValueError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
     return found
 
 
@@ -429,7 +430,8 @@ FIELDS = {"dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "n_head", "num_layers
           "text_len": "text_len", "freq_dim": "freq_dim", "eps": "eps"}
 FIELDS_S2V = {"audio_dim": "audio_dim", "num_audio_token": "audio_tokens", "audio_inject_layers": "audio_layers", "cond_dim": "pose_dim"}
 OPTIONAL = {"in_dim", "out_dim", "text_len", "freq_dim", "eps", "num_audio_token"}   # model.Config has the official class's default
-# The part of the official code that the released models run, and all that exists here. The first three may be absent from a file.
+# The part of the official code that the released models run, and all that is built here. The S2V fields must be there: the official
+# class has other defaults. The other four are never written by the official code.
 SCOPE = {"patch_size": [1, 2, 2], "window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
 SCOPE_S2V = {"enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_framepack": True, "enable_motioner": False,
              "add_last_motion": True}
@@ -460,7 +462,7 @@ def take_fields(fields, table, scope, inert, path, optional=()):
     for name, value in scope.items():
         got = fields.get(name, value)
         if (list(got) if isinstance(got, tuple) else got) != value:
-            raise ValueError(f"{path}: wanted {name} = {value}, got {got}: only what the released models use is built here")
+            raise ValueError(f"{path}: wanted {name} = {value}, got {got}: only what the released models use is built")
     unknown = sorted(n for n in fields if n not in table and n not in scope and n not in inert and not n.startswith("_"))
     if unknown:
         print(f"{path}: unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)} ignored", file=sys.stderr)
@@ -503,19 +505,16 @@ def vae_config(entries, path):
     resamplers = sorted(tuple(map(int, m.groups())) for name in shape if (m := re.fullmatch(flat, name)))
     if not resamplers or "conv2.weight" not in shape:
         return vae.VAEConfig()                                         # not a VAE: matching says what it is
-    z_dim = shape["conv2.weight"][0]
+    z_dim, dim, n = shape["conv2.weight"][0], shape["encoder.conv1.weight"][0], resamplers[0][-1]
     known = {config.z_dim: config for config in (vae.VAEConfig(), vae.VAE22)}
     if z_dim not in known:
-        raise ValueError(f"{path}: wanted {' or '.join(map(str, known))} latent channels, got {z_dim}: their mean and deviation are unknown")
-    fields = {"z_dim": z_dim, "num_res_blocks": resamplers[0][-1], "shortcuts": shortcuts, "mean": known[z_dim].mean, "std": known[z_dim].std}
-    fields["patch"] = math.isqrt(shape["encoder.conv1.weight"][1] // 3)
-    sizes = dataclasses.replace(vae.VAEConfig(), num_res_blocks=fields["num_res_blocks"], shortcuts=shortcuts)
-    places = [vae_place(sizes, "encoder", stage, j) for stage in range(len(resamplers) + 1) for j in [sizes.num_res_blocks - 1]]
-    dim = shape["encoder.conv1.weight"][0]
-    mult = tuple(shape[f"{place}.residual.6.weight"][0] // dim for place in places)
-    halves = tuple(vae_place(sizes, "encoder", stage, sizes.num_res_blocks) + ".time_conv.weight" in shape for stage in range(len(resamplers)))
-    return make_config("vae", fields | {"dim": dim, "dec_dim": shape["decoder.head.0.gamma"][0] // mult[0], "dim_mult": mult,
-                                        "temporal_downsample": halves}, path)
+        raise ValueError(f"{path}: wanted {' or '.join(map(str, known))} latent channels, got {z_dim}: no mean and deviation are known")
+    config = dataclasses.replace(known[z_dim], dim=dim, num_res_blocks=n, shortcuts=shortcuts)
+    mult = tuple(shape[vae_place(config, "encoder", stage, n - 1) + ".residual.6.weight"][0] // dim for stage in range(len(resamplers) + 1))
+    halves = (vae_place(config, "encoder", stage, n) + ".time_conv.weight" in shape for stage in range(len(resamplers)))
+    patch = math.isqrt(shape["encoder.conv1.weight"][1] // 3)
+    dec_dim = shape["decoder.head.0.gamma"][0] // mult[0]
+    return dataclasses.replace(config, dim_mult=mult, temporal_downsample=tuple(halves), patch=patch, dec_dim=dec_dim)
 
 
 def vae_config_diffusers(fields, path):
@@ -529,7 +528,7 @@ def vae_config_diffusers(fields, path):
 
 def text_config(entries, rules):
     """umT5 sizes from the shapes of its tensors: the official code keeps no config beside them."""
-    tensors = {ours: entry for name, entry in entries.items() if (ours := known_name(name, rules))}
+    tensors = {ours: entry for name, entry in entries.items() if (ours := rename(name, rules))}
     try:
         vocab, dim = tensors["embed.weight"].shape
         n_bucket, n_head = tensors["blocks.0.attn.position.weight"].shape
@@ -547,18 +546,18 @@ def audio_config(fields, path):
 
 def identify(name, fields, entries):
     """An official module told by its keys -> kind, config, name table.  name for messages, fields its constructor's arguments"""
-    what = describe(entries)
+    what = describe(entries) or "an unknown model"
     if what.endswith("denoiser"):
-        config = denoiser_config(fields, entries, name)
-        return "denoiser", config, injector_rules(config) + DENOISER
-    if what.endswith("VAE"):
-        config = vae_config(entries, name)
-        return "vae", config, vae_rules(config)
-    if what == "the umT5 encoder":
-        return "text", text_config(entries, TEXT), TEXT
-    if what == "a wav2vec2 encoder":
-        return "audio", audio_config(fields.get("config", fields), name), AUDIO
-    raise ValueError(f"{name} is {what}: wanted a denoiser, a VAE, an umT5 encoder or a wav2vec2 encoder of Wan2.2")
+        kind, config = "denoiser", denoiser_config(fields, entries, name)
+    elif what.endswith("VAE"):
+        kind, config = "vae", vae_config(entries, name)
+    elif what == "the umT5 encoder":
+        kind, config = "text", text_config(entries, TEXT)
+    elif what == "a wav2vec2 encoder":
+        kind, config = "audio", audio_config(fields.get("config", fields), name)
+    else:
+        raise ValueError(f"{name} is {what}: wanted an official denoiser, VAE, umT5 encoder or wav2vec2 encoder")
+    return kind, config, official_rules(kind, config)
 
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoint
@@ -629,12 +628,18 @@ def stored_as(kind, name, dtype):
     return model.Denoiser.storage_dtype(name, dtype) if kind == "denoiser" else dtype
 
 
-def materialise(kind, config, tensors, device="cpu", dtype=None):
-    """{our name: Entry} -> the network with these weights; see Checkpoint.load."""
-    module = build(kind, config)
-    state = {name: entry.read().to(device, stored_as(kind, name, dtype) if dtype else entry.dtype) for name, entry in tensors.items()}
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+def materialise(kind, config, tensors, device="cpu", dtype=None, quantize=False, resident=None):
+    """{our name: Entry} -> the network with these weights.
+
+    dtype     of its parameters; None: as stored            quantize  cast the denoiser's large matrices to float8 on the way
+    resident  number of blocks that stay on the device while the others are streamed (offload.py); None: all
+    """
+    def kept_as(name, entry):
+        scaled = entry.dtype == torch.float8_e4m3fn or name.endswith(".weight_scale")
+        return entry.dtype if scaled or dtype is None else stored_as(kind, name, dtype)
+    if quantize:
+        tensors = fp8.quantized(tensors, device)
+    return offload.stream(fp8.to_fp8(build(kind, config), tensors), tensors, device, kept_as, resident)
 
 
 def open_checkpoint(folder):
@@ -661,10 +666,11 @@ def open_converted(folder):
     fields = read_json(path)
     kinds = {name: name.split("_")[0] for name in expert_names(fields.get("boundary"))} | {"vae": "vae", "text": "text"}
     kinds |= {"audio": "audio"} if "audio" in fields else {}
-    lacking = [name for name in ("boundary", "sampling", *kinds.values()) if name not in fields]
-    if lacking or fields["task"] not in SAMPLING:
-        raise ValueError(f"{path}: wanted a task of {', '.join(SAMPLING)} and all fields, got task {fields['task']}, "
-                         f"lacking {', '.join(lacking) or 'none'}: convert again")
+    lacking = ["boundary"] if "boundary" not in fields else []
+    lacking += [name for name in ("sampling", *kinds.values()) if not isinstance(fields.get(name), dict)]
+    if lacking or fields["task"] not in SAMPLING or not fields["sampling"].keys() >= SAMPLING[fields["task"]].keys():
+        raise ValueError(f"{path}: wanted a task of {', '.join(SAMPLING)} with all its fields, got {fields['task']}, "
+                         f"lacking {', '.join(lacking) or 'sampling values'}: convert again")
     files = {name: folder / f"{name}.safetensors" for name in kinds}
     require(folder, [(file, name) for name, file in files.items()] + [(folder / "tokenizer.json", "tokenizer")])
     parts = {}
@@ -680,13 +686,13 @@ def expert_names(boundary):
     return ["denoiser"] if boundary is None else ["denoiser_high", "denoiser_low"]
 
 
-def find_task(folder, denoiser, vae_config, experts):
+def find_task(folder, denoiser, stride, experts):
     """The task that a folder's configs amount to."""
     if denoiser.audio_dim:
         return "s2v-14B"
     if len(experts) == 2:
         return "i2v-A14B" if denoiser.in_dim > denoiser.out_dim else "t2v-A14B"
-    if vae_config.stride[1] == 16:
+    if stride == (4, 16, 16):
         return "ti2v-5B"
     raise ValueError(f"{folder} holds a single denoiser with the Wan2.1 VAE and no audio layers: wanted S2V, T2V-A14B or I2V-A14B with "
                      f"high_noise_model and low_noise_model, or TI2V-5B; Wan2.1 models and single experts are not supported")
@@ -695,7 +701,7 @@ def find_task(folder, denoiser, vae_config, experts):
 def assemble(folder, parts, tokenizer, boundary=None):
     """Parts of a foreign folder -> Checkpoint, with the released model's sampling values for its task."""
     experts = [name for name in parts if name.startswith("denoiser")]
-    task = find_task(folder, parts[experts[0]].config, parts["vae"].config, experts)
+    task = find_task(folder, parts[experts[0]].config, parts["vae"].config.stride, experts)
     boundary = (boundary or BOUNDARY.get(task)) if len(experts) == 2 else None
     if len(experts) == 2 and boundary is None:
         raise ValueError(f"{folder}: no boundary is known between two experts of {task}: convert each, then write it into config.json")
@@ -727,20 +733,21 @@ def open_official(folder):
     require(folder, wanted)
 
     parts = {}
+
+    def add(name, kind, config, entries, what):
+        parts[name] = Part(kind, config, match(entries, official_rules(kind, config), kind, config, what))
+
     for name, root in roots.items():
         entries = open_shards(shard_files[name], root, "diffusion_pytorch_model")
         config = denoiser_config(configs[name], entries, root / "config.json")
-        what = "an S2V denoiser" if config.audio_dim else "a T2V, I2V or TI2V denoiser"
-        parts[name] = Part("denoiser", config, match(entries, injector_rules(config) + DENOISER, "denoiser", config, what))
+        add(name, "denoiser", config, entries, "an S2V denoiser" if config.audio_dim else "a T2V, I2V or TI2V denoiser")
     entries = open_tensors([vae_file])
-    config = vae_config(entries, vae_file)
-    parts["vae"] = Part("vae", config, match(entries, vae_rules(config), "vae", config, f"the {vae_file.name[:6]} VAE"))
+    add("vae", "vae", vae_config(entries, vae_file), entries, f"the {vae_file.name[:6]} VAE")
     entries = open_tensors([text_file])
-    config = text_config(entries, TEXT)
-    parts["text"] = Part("text", config, match(entries, TEXT, "text", config, "the umT5 encoder"))
+    add("text", "text", text_config(entries, TEXT), entries, "the umT5 encoder")
     if s2v:
-        config = audio_config(read_json(wav2vec / "config.json"), wav2vec / "config.json")
-        parts["audio"] = Part("audio", config, match(open_tensors([audio_file]), AUDIO, "audio", config, "a wav2vec2 encoder"))
+        path = wav2vec / "config.json"
+        add("audio", "audio", audio_config(read_json(path), path), open_tensors([audio_file]), "a wav2vec2 encoder")
     return assemble(folder, parts, tokenizer)
 
 
@@ -827,7 +834,7 @@ def new_folder(target, nbytes, fill):
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < nbytes + 2**20:
-        raise ValueError(f"{target.parent} has {free / 2**30:.2f} GiB free, wanted {nbytes / 2**30:.2f} GiB: free some or give another folder")
+        raise ValueError(f"{target.parent} has {free / 2**30:.2f} GiB free, wanted {nbytes / 2**30:.2f} GiB: give another folder")
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         temporary.chmod(0o755)
@@ -856,7 +863,7 @@ def summary(checkpoint):
     lines = [f"{checkpoint.folder}: {checkpoint.task}" + ("" if checkpoint.boundary is None else f", boundary {checkpoint.boundary}")]
     for name, part in checkpoint.parts.items():
         dtypes = ", ".join(sorted({DTYPE_NAMES[entry.dtype] for entry in part.tensors.values()}))
-        lines.append(f"{name:14s} {len(part.tensors):5d} tensors {part.parameters:15,d} parameters {part.nbytes / 2**30:8.3f} GiB  {dtypes}")
+        lines.append(f"{name:14s} {len(part.tensors):5d} tensors {part.parameters:15,d} parameters {part.nbytes / 2**30:7.3f} GiB {dtypes}")
     return "\n".join(lines)
 
 
@@ -865,7 +872,8 @@ def main(argv=None):
     parser.add_argument("source", help="folder in the official, diffusers or converted layout")
     parser.add_argument("target", nargs="?", help="new folder to write; it appears only when it is complete")
     parser.add_argument("--check", action="store_true", help="print what the source holds and write nothing")
-    parser.add_argument("--dtype", choices=["keep", "bf16"], default="keep", help="of large linear layers; bf16 halves float32 files (default: keep)")
+    parser.add_argument("--dtype", choices=["keep", "bf16"], default="keep",
+                        help="of the denoiser's and the text encoder's linear layers; bf16 halves float32 files (default: keep)")
     args = parser.parse_args(argv)
     if args.check == (args.target is not None):
         parser.error("give a target folder, or --check without one")

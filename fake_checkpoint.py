@@ -54,14 +54,11 @@ def spread(name, shape):
 
 
 def random_tensor(name, shape, dtype, seed):
-    """The random block repeated, from a place that depends on the name."""
+    """The random block, repeated as often as needed, from a place that depends on name and seed."""
     mean, deviation = spread(name, shape)
-    block = (normal_block().roll(-(zlib.crc32(f"{seed}:{name}".encode()) % BLOCK)) * deviation + mean).to(dtype)
-    out = torch.empty(math.prod(shape), dtype=dtype)
-    whole = len(out) // BLOCK * BLOCK
-    out[:whole].view(-1, BLOCK).copy_(block)
-    out[whole:] = block[:len(out) - whole]
-    return out.view(shape)
+    block, size, start = normal_block(), math.prod(shape), zlib.crc32(f"{seed}:{name}".encode()) % BLOCK
+    block = torch.cat([block[start:start + size], block[:min(start, max(0, start + size - BLOCK))]])
+    return (block * deviation + mean).to(dtype).repeat(-(-size // BLOCK))[:size].view(shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- sizes
@@ -95,7 +92,11 @@ def changed(configs, settings):
         kind, _, field = place.partition(".")
         if kind not in configs or field not in {f.name for f in dataclasses.fields(configs[kind])}:
             raise ValueError(f"wanted COMPONENT.FIELD=VALUE such as denoiser.n_layer=2, got {setting}: components {', '.join(configs)}")
-        values = {field: tuple(value) if isinstance(value := json.loads(value), list) else value}
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"{setting}: wanted a number, true, false or a list such as [0,3], got {value}") from None
+        values = {field: tuple(value) if isinstance(value, list) else value}
         if field == "n_layer" and kind == "denoiser":
             values["audio_layers"] = tuple(i for i in configs[kind].audio_layers if i < value)
         configs = configs | {kind: dataclasses.replace(configs[kind], **values)}
@@ -104,15 +105,9 @@ def changed(configs, settings):
 
 # ---------------------------------------------------------------------------------------------------------------- checkpoints
 
-def rules(kind, config):
-    """The official name table of a component."""
-    return {"denoiser": lambda: convert.injector_rules(config) + convert.DENOISER, "vae": lambda: convert.vae_rules(config),
-            "text": lambda: convert.TEXT, "audio": lambda: convert.AUDIO}[kind]()
-
-
 def official_names(kind, config):
     """{our name: official name} of every parameter"""
-    table = convert.inverse(rules(kind, config))
+    table = convert.inverse(convert.official_rules(kind, config))
     return {ours: convert.rename(ours, table) for ours in convert.parameter_shapes(kind, config)}
 
 
@@ -185,7 +180,8 @@ def denoiser_json(task, config):
     s2v = config.audio_dim > 0
     fields = {"_class_name": "WanModel_S2V" if s2v else "WanModel", "_diffusers_version": "0.33.0", "model_type": task.split("-")[0]}
     fields |= {theirs: getattr(config, ours) for theirs, ours in (convert.FIELDS | (convert.FIELDS_S2V if s2v else {})).items()}
-    inert = {"zero_init": True, "enable_tsm": False, "trainable_token_pos_emb": False, "motion_token_num": 1024, "framepack_drop_mode": "padd"}
+    inert = {"zero_init": True, "enable_tsm": False, "trainable_token_pos_emb": False, "motion_token_num": 1024,
+             "framepack_drop_mode": "padd"}
     return fields | ((convert.SCOPE_S2V | inert) if s2v else {})
 
 
@@ -259,10 +255,11 @@ def official(task, target, configs, dtype=torch.bfloat16):
 # ------------------------------------------------------------------------------------------------------------------ tokenizer
 # words of the prompts that the tiny checkpoint meets most; everything else is spelt in characters, and rarer characters in UTF-8 bytes
 WORDS = """a an the and or of in on at to with without from by is are be her his she he it they this that who while very not no one two
-person people man woman boy girl child face head mouth lips eyes hair nose hand hands talking speaking says singing smiling laughing looking
-listening nodding moving still standing sitting walking camera front close up portrait video picture photo background light dark bright soft
-red orange yellow green blue purple pink brown black white grey round square wide narrow open closed big small young old happy sad calm angry
-slowly quickly clear blurry quality high low worst best detail details style static cartoon realistic cinematic music voice song word words"""
+person people man woman boy girl child face head mouth lips eyes hair nose hand hands talking speaking says singing smiling
+laughing looking listening nodding moving still standing sitting walking camera front close up portrait video picture photo
+background light dark bright soft red orange yellow green blue purple pink brown black white grey round square wide narrow open
+closed big small young old happy sad calm angry slowly quickly clear blurry quality high low worst best detail details style
+static cartoon realistic cinematic music voice song word words"""
 
 
 def make_tokenizer(path, texts=()):
@@ -292,7 +289,7 @@ def main(argv=None):
     parser.add_argument("task", choices=list(convert.SAMPLING))
     parser.add_argument("target", help="new folder")
     parser.add_argument("--tiny", action="store_true", help="a few MB instead of the released size")
-    parser.add_argument("--ours", action="store_true", help="the converted layout of weights/tiny* instead of the official one (with --tiny)")
+    parser.add_argument("--ours", action="store_true", help="the converted layout, as weights/tiny* have it (with --tiny)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of an official denoiser (default: bf16)")
     parser.add_argument("--set", action="append", default=[], metavar="COMPONENT.FIELD=VALUE", help="another size, e.g. denoiser.n_layer=2")
     args = parser.parse_args(argv)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import convert_weights
 from audio import audio_features
+from model import attention_backend
 from solver import make_solver
 from text import Tokenizer, encode_prompt
 
@@ -47,12 +48,12 @@ def plain_attention(q, k, v, q_lens=None, k_lens=None, softmax_scale=None, causa
 
     q, k, v (B, tokens, heads, D) -> same shape and dtype as q. Keys beyond k_lens (B,) are left out.
     """
-    out = []
-    for b in range(q.shape[0]):
-        n = k.shape[1] if k_lens is None else int(k_lens[b])
-        heads = [x.transpose(0, 1).to(v.dtype) for x in (q[b], k[b, :n], v[b, :n])]                 # (heads, tokens, D)
-        out.append(F.scaled_dot_product_attention(*heads, is_causal=causal, scale=softmax_scale).transpose(0, 1))
-    return torch.stack(out).to(q.dtype)
+    n = k.shape[1] if k_lens is None else int(max(k_lens))
+    mask = None
+    if k_lens is not None and int(min(k_lens)) < n:
+        mask = (torch.arange(n) < k_lens.cpu()[:, None])[:, None, None].to(q.device)                # (B, 1, 1, n)
+    heads = [x.transpose(1, 2).to(v.dtype) for x in (q, k[:, :n], v[:, :n])]                        # (B, heads, tokens, D)
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal, scale=softmax_scale).transpose(1, 2).to(q.dtype)
 
 
 def add_checkout(repo):
@@ -187,14 +188,14 @@ def audio_ours(s, theirs):
 
 
 def vae_theirs(s):
-    c = s.checkpoint.configs["vae"]
-    file = next(path for path in s.folder.glob("Wan2.*_VAE.pth"))
-    module = official("modules.vae2_1" if c.stride[1] == 8 else "modules.vae2_2")
-    sizes = {"dim": c.dim} if c.stride[1] == 8 else {"dec_dim": c.dec_dim}
+    c, old = s.checkpoint.configs["vae"], s.checkpoint.configs["vae"].stride[1] == 8
+    module, file = official("modules.vae2_1" if old else "modules.vae2_2"), next(s.folder.glob("Wan2.*_VAE.pth"))
+    shape = dict(dim_mult=list(c.dim_mult), temperal_downsample=list(c.temporal_downsample))
+    sizes = dict(dim=c.dim, num_res_blocks=c.num_res_blocks, **shape) if old else dict(dec_dim=c.dec_dim, num_res_blocks=c.num_res_blocks)
     with mock.patch.object(module, "_video_vae", partial(module._video_vae, **sizes)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        vae = module.Wan2_1_VAE(c.z_dim, str(file), device=s.device) if c.stride[1] == 8 else \
-            module.Wan2_2_VAE(c.z_dim, c.dim, str(file), device=s.device)
+        vae = module.Wan2_1_VAE(c.z_dim, str(file), device=s.device) if old else \
+            module.Wan2_2_VAE(c.z_dim, c.dim, str(file), device=s.device, **shape)
         video = moving_picture(17, 96, 128).to(s.device)
         latents = vae.encode([video])[0]
         return {"encode 17 frames": latents, "encode a picture": vae.encode([video[:, :1]])[0],
@@ -236,14 +237,23 @@ def call_official(net, c, x, t, text, audio=None, ref=None, motion=None, pose=No
     return torch.stack(v)
 
 
-def denoiser_theirs(s, name):
-    subfolder = {"denoiser_high": "high_noise_model", "denoiser_low": "low_noise_model"}.get(name)
-    c, file = s.checkpoint.configs["denoiser"], "modules.s2v.model_s2v" if s.checkpoint.configs["denoiser"].audio_dim else "modules.model"
-    module = official(file, s.keep_flash)
+@contextlib.contextmanager
+def official_denoiser(c, keep_flash):
+    """The official class for a model.Config, with the two sizes that it takes from no config: text width and number of audio states."""
+    module = official("modules.s2v.model_s2v" if c.audio_dim else "modules.model", keep_flash)
     kind = module.WanModel_S2V if c.audio_dim else module.WanModel
-    with mock.patch.object(kind, "ignore_for_config", ["args", "kwargs"]):      # the list has text_dim in it, which is then 4096 always
-        stored = s.dtype if c.audio_dim else torch.float32          # speech2video.py L114-117 rounds all weights, the others none
-        net = kind.from_pretrained(str(s.folder), subfolder=subfolder, torch_dtype=stored, text_dim=c.text_dim).eval()
+    with mock.patch.object(kind, "ignore_for_config", ["args", "kwargs"]), contextlib.ExitStack() as stack:
+        if c.audio_dim:
+            states = partial(module.CausalAudioEncoder, num_layers=c.audio_states)
+            stack.enter_context(mock.patch.object(module, "CausalAudioEncoder", states))
+        yield partial(kind, text_dim=c.text_dim), partial(kind.from_pretrained, text_dim=c.text_dim)
+
+
+def denoiser_theirs(s, name):
+    subfolder, c = {"denoiser_high": "high_noise_model", "denoiser_low": "low_noise_model"}.get(name), s.checkpoint.configs["denoiser"]
+    stored = s.dtype if c.audio_dim else torch.float32              # speech2video.py L114-117 rounds all weights, the others none
+    with official_denoiser(c, s.keep_flash) as (_, from_pretrained):
+        net = from_pretrained(str(s.folder), subfolder=subfolder, torch_dtype=stored).eval()
     if s.device.type == "cpu":
         net = net.float()                               # the values stay; a CPU's autocast does not widen weights for float32 regions
     net.to(s.device)
@@ -316,8 +326,7 @@ def compare(weights, repo, device="cpu", dtype=torch.float32):
 
     weights  folder as published (not converted)        repo  checkout of Wan-Video/Wan2.2
     dtype    float32, or bfloat16 for text encoder and denoiser; solver, VAE and wav2vec2 are float32 in the official code too
-    yields   test_parity.Row as each component is done, against the official float32 outputs; a component whose packages are missing is
-             skipped with a line on stderr
+    returns  [test_parity.Row], against the official float32 outputs; a component whose packages are missing is skipped with a line
     raises   ValueError for a folder or checkout of another kind, or if nothing could be compared
     """
     from test_parity import compare as measure          # late: test_parity imports this file
@@ -326,9 +335,10 @@ def compare(weights, repo, device="cpu", dtype=torch.float32):
         raise ValueError(f"wanted a folder in the official layout, got {weights} in another: the official code reads no other")
     add_checkout(repo)
     torch.backends.cudnn.allow_tf32 = False             # on by default for convolutions, and good for 1e-3 only
-    s, compared = Setting(checkpoint.folder, checkpoint, torch.device(device), torch.float32), 0
+    s, rows = Setting(checkpoint.folder, checkpoint, torch.device(device), torch.float32), []
     for name, theirs, ours in components(checkpoint):
         rounded = replace(s, dtype=dtype)
+        print(f"{name}: comparing", file=sys.stderr)
         try:
             wanted = to_cpu(theirs(s))
             half = to_cpu(theirs(rounded)) if dtype != torch.float32 and name.startswith(("text", "denoiser")) else None
@@ -338,56 +348,51 @@ def compare(weights, repo, device="cpu", dtype=torch.float32):
         got = to_cpu(ours(rounded, wanted))
         for output, x in wanted.items():
             tolerance = TOLERANCE if half is None else BFLOAT16_MARGIN * float((half[output] - x).norm() / x.norm())
-            yield measure(name, output, got[output], x, tolerance)
-            compared += 1
-    if not compared:
+            rows.append(measure(name, output, got[output], x, tolerance))
+    if not rows:
         raise ValueError(f"nothing could be compared: install the packages that {repo}/requirements.txt names, flash_attn apart")
-
-
-TINY_S2V = dict(             # arguments of the official WanModel_S2V: the released model, narrower and with fewer layers
-    model_type="s2v", dim=192, ffn_dim=512, num_heads=6, num_layers=8, text_dim=64, text_len=64, audio_dim=64, cond_dim=16,
-    audio_inject_layers=[0, 2, 4, 6], num_audio_token=4, enable_adain=True, adain_mode="attn_norm", zero_timestep=True,
-    enable_motioner=False, enable_framepack=True, framepack_drop_mode="padd", add_last_motion=True)
-
-
-def same_weights(net, fields):
-    """An official S2V denoiser in memory -> ours, sharing its tensors, through the converter's tables."""
-    tensors = {name: convert_weights.Entry(Path("memory"), tuple(x.shape), x.dtype, partial(lambda x: x, x)) for name, x in
-               net.state_dict().items()}
-    config = convert_weights.denoiser_config(fields, tensors, Path("memory"))
-    found = convert_weights.match(tensors, convert_weights.injector_rules(config) + convert_weights.DENOISER, "denoiser", config, None)
-    ours = convert_weights.build("denoiser", config)
-    ours.load_state_dict({name: entry.read() for name, entry in found.items()}, strict=True, assign=True)
-    return ours.eval()
+    return rows
 
 
 @torch.no_grad()
-def time_official(repo, fields=TINY_S2V, latent=(20, 16, 16), repeats=7):
-    """One S2V forward with motion tokens, official and ours on the same random weights, in turns; CPU, float32.
+def time_official(repo, config, shape, device, dtype, repeats=3):
+    """One S2V forward of a later clip, official and ours on the same random weights, in turns.
 
-    latent   (T, H, W): 80 frames of 128 x 128 pixels
-    returns  dict: median seconds of "official" (which does everything again in each forward), "ours" and "prepare" (ours, once per
-             clip and guidance branch), "ratio" = ours / official, "rel_l2" of the two outputs
+    config   model.Config with audio_dim        shape  (T, H, W) of the latents        dtype  float32, or bfloat16 on a GPU
+    returns  median seconds: s_per_forward (official; does everything again each time), ours_s_per_forward and ours_prepare_s (once per clip
+             and guidance branch); ratio = ours / official; rel_l2 between the two outputs
     """
+    from accelerate import init_empty_weights           # what diffusers loads with: tables stay on the CPU, parameters come later
+    import fake_checkpoint
     add_checkout(repo)
-    torch.manual_seed(0)
-    net = official("modules.s2v.model_s2v").WanModel_S2V(**fields).eval()
-    for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.05)
-    ours, (T, H, W) = same_weights(net, fields), latent
-    c, x, t = ours.cfg, noise(1, 1, 16, T, H, W), torch.tensor([500])
-    args = dict(text=noise(2, 1, 20, c.text_dim), audio=noise(3, 1, c.audio_states, c.audio_dim, 4 * T), ref=noise(4, 1, 16, 1, H, W),
-                motion=noise(5, 1, 16, 19, H, W))
-    cond = ours.prepare(latent, **args)
-    runs = {"official": partial(call_official, net, c, x, 500, **args), "ours": partial(ours, x, t, cond),
-            "prepare": partial(ours.prepare, latent, **args)}
-    seconds = {name: [] for name in runs}
-    with official_precision(torch.device("cpu"), torch.float32):
-        theirs, mine = runs["official"](), runs["ours"]()           # warm-up
-        for _ in range(repeats):
-            for name, run in runs.items():
+    keep_flash = dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
+    fields = {k: v for k, v in fake_checkpoint.denoiser_json("s2v-14B", config).items() if k[0] != "_"}
+    part, names = fake_checkpoint.random_part("denoiser", config, dtype, "denoiser"), fake_checkpoint.official_names("denoiser", config)
+    tensors = {name: entry.read().to(device) for name, entry in part.tensors.items()}
+    with official_denoiser(config, keep_flash) as (kind, _), init_empty_weights():
+        theirs = kind(**fields)
+    theirs.load_state_dict({names[name]: x for name, x in tensors.items()}, strict=True, assign=True)
+    theirs.eval()
+    shared = {name: replace(entry, read=partial(tensors.get, name)) for name, entry in part.tensors.items()}
+    ours = convert_weights.materialise("denoiser", config, shared, device, dtype)
+
+    (T, H, W), x = shape, noise(1, 1, config.out_dim, *shape).to(device)
+    args = to_device(dict(text=noise(2, 1, min(60, config.text_len), config.text_dim), ref=noise(4, 1, config.out_dim, 1, H, W),
+                          audio=noise(3, 1, config.audio_states, config.audio_dim, 4 * T),
+                          motion=noise(5, 1, config.out_dim, config.motion_latents, H, W)), device)
+    cond, t = ours.prepare(shape, **args), torch.tensor([500], device=device)
+    runs = {"s_per_forward": partial(call_official, theirs, config, x, 500, **args), "ours_s_per_forward": partial(ours, x, t, cond),
+            "ours_prepare_s": partial(ours.prepare, shape, **args)}
+    times, outputs = {name: [] for name in runs}, {}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            precision = official_precision(device, dtype) if name == "s_per_forward" else contextlib.nullcontext()
+            with precision, attention_backend(device):
                 start = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - start)
-    result = {name: statistics.median(values) for name, values in seconds.items()}
-    return result | {"ratio": result["ours"] / result["official"], "rel_l2": float((theirs - mine).norm() / theirs.norm())}
+                outputs[name] = run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[name] += [time.perf_counter() - start] * (turn > 0)         # the first turn is a warm-up
+    result = {name: statistics.median(values) for name, values in times.items()}
+    wanted, got = outputs["s_per_forward"].float(), outputs["ours_s_per_forward"].float()
+    return result | dict(ratio=result["ours_s_per_forward"] / result["s_per_forward"], rel_l2=float((got - wanted).norm() / wanted.norm()))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")   # not EPS: Pillow starts ghostscript on it
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")   # not EPS: it would start ghostscript
 MIN_SIDE = 16         # pixels; less cannot show a face
 MAX_PIXELS = 2**26    # 67 million, 200 MB as RGB: checked in the header, before anything is decoded
 
@@ -56,7 +56,8 @@ def _one_line(path):
     except Image.DecompressionBombError:
         raise ValueError(_too_many_pixels(path)) from None
     except Exception as error:
-        raise ValueError(f"{path} is a damaged or unsupported picture ({' '.join(str(error).split())}): save it again as PNG or JPEG") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is a damaged or unsupported picture ({reason}): save it again as PNG or JPEG") from None
 
 
 def _to_rgb(img):
@@ -77,7 +78,7 @@ def _to_rgb(img):
 
 
 def s2v_size(height, width, max_area, step=64):
-    """Size of an S2V video: the largest down-scale of the picture whose sides, padded up to multiples of `step`, keep within max_area pixels.
+    """Size of an S2V video: the largest down-scale of the picture with sides padded up to multiples of `step` that fits max_area pixels.
 
     height, width  of the picture        step  8 FramePack latents; 64 pixels on the 8x8 VAE, 128 on the 16x16 one
     returns        (height, width); a small picture is not enlarged beyond the next multiples
@@ -109,7 +110,7 @@ def i2v_size(height, width, max_area, step=16):
 
 
 def ti2v_size(height, width, max_area, step=32):
-    """Size of a TI2V video: as i2v_size, but one side is rounded first and the other then takes what area is left; the better shape of both orders."""
+    """Size of a TI2V video: as i2v_size, but one side is rounded first and the other takes what area is left; the better of both orders."""
     shape = width / height
     ideal_W = (max_area * shape) ** 0.5
     try:
@@ -144,7 +145,7 @@ def fit_picture(img, size, official=False):
 
 
 def fit_frame(frame, size, official=False):
-    """A pose frame at the video's size, laid over it exactly as fit_picture lays the reference picture.  (h, w, 3) uint8 -> (3, H, W) float32.
+    """A pose frame at the video's size, placed as fit_picture places the reference picture.  (h, w, 3) uint8 -> (3, H, W) float32.
 
     Scaled after normalisation as official L347-352, so `official` bars are mid grey here, not black.
     """
@@ -156,7 +157,7 @@ def fit_frame(frame, size, official=False):
 
 
 def fit_i2v(img, size):
-    """The I2V first frame: stretched to `size`, bicubic without antialiasing, so values overshoot [-1, 1] a little.  PIL RGB -> (3, H, W)."""
+    """The I2V first frame: stretched to `size`, bicubic without antialiasing; values overshoot [-1, 1] a little.  PIL RGB -> (3, H, W)."""
     x = _pixels(img).div_(255).sub_(0.5).div_(0.5)                   # in place: a 67-megapixel picture is 0.8 GB here
     return F.interpolate(x[None], size, mode="bicubic")[0]
 

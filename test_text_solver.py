@@ -206,5 +206,7 @@ def test_blocks_are_pure_functions(tokenizer_file):
     for block in model.blocks:
         x = block(x, bucket, None)
     assert torch.equal(model.norm(x), model(ids)) and torch.equal(model(ids), model(ids))
-    reference = model(ids)                                            # bfloat16 linears, float32 residual stream
+    reference, dtypes = model(ids), []                                # bfloat16 linears, float32 residual stream
+    model.blocks[0].register_forward_pre_hook(lambda block, args: dtypes.append(args[0].dtype))
     assert (model.bfloat16()(ids).float() - reference).norm() < 0.1 * reference.norm()
+    assert dtypes == [torch.float32]

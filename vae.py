@@ -3,13 +3,13 @@
 A video of P = 1 + 4n frames becomes T = 1 + n latent frames: the first frame is encoded alone, as a picture, and every four
 frames after it become one latent. No layer looks ahead in time, so a video can pass in pieces of any length, in constant memory.
 
-Each layer that looks back keeps its last one or two input frames. These live outside the network in `past`, a queue with one
-entry per such layer: a layer takes its entry from the front, puts the new one at the back, and one pass over the network turns
-the queue once. One rule covers the start of a stream: it starts with a single frame, whose entries are None, and for that frame
-convolutions see zeros before it and changes of frame rate let it through unchanged (so one frame stays one frame, both ways).
+What a layer must remember of the frames before lives outside the network, in `past`: a queue with one entry per layer that looks
+back. A layer takes its entry from the front and puts the new one at the back, so one pass over the network turns the queue once.
+One rule covers the start: a stream starts with a single frame, which finds None in the queue. For it convolutions see zeros in
+the past, and changes of the frame rate let it through as it is: one frame stays one frame, down and up.
 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   C width   n h w frames, height, width where a layer works
-Source  Wan-Video/Wan2.2@42bf4cf wan/modules/vae2_1.py and vae2_2.py, cited below as "official 2.1 L605", "official 2.2 L800".
+Source  Wan-Video/Wan2.2@42bf4cf wan/modules/vae2_1.py and vae2_2.py, cited below as "official 2.1 L535", "official 2.2 L336"
 """
 from collections import deque
 from dataclasses import dataclass
@@ -39,9 +39,10 @@ class VAEConfig:              # the released Wan2.1 VAE, 126.9 M parameters
 
     def __post_init__(self):
         if not self.z_dim == len(self.mean) == len(self.std):
-            raise ValueError(f"VAEConfig wants z_dim values in mean and std, got {len(self.mean)} and {len(self.std)} for {self.z_dim}")
+            raise ValueError(f"VAEConfig wants {self.z_dim} (z_dim) values in mean and std, got {len(self.mean)} and {len(self.std)}")
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise ValueError(f"VAEConfig wants one temporal_downsample per halving, {len(self.dim_mult) - 1}, got {self.temporal_downsample}")
+            raise ValueError(f"VAEConfig wants {len(self.dim_mult) - 1} temporal_downsample for dim_mult {self.dim_mult}, "
+                             f"got {self.temporal_downsample}")
 
     @property
     def stride(self):
@@ -62,158 +63,147 @@ VAE22 = VAEConfig(            # the released Wan2.2 VAE, 704.7 M parameters
          0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744))
 
 
-# ---- moving pixels between space, time and channels ----
-
-def frames(x):
-    """(B, C, n, h, w) -> (B*n, C, h, w): single pictures, for layers that treat each frame alone."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def video(x, B):
-    """(B*n, C, h, w) -> (B, C, n, h, w), the way back."""
-    return x.unflatten(0, (B, -1)).transpose(1, 2)
-
+# ---- moving pixels between space, time and channels; x is (B, n, h, w, C) from here to the streams ----
 
 def gather(x, t, s):
-    """Move each t x s x s box of pixels into the channels: (B, C, n*t, h*s, w*s) -> (B, n, h, w, C, t, s, s)."""
-    x = x.unflatten(2, (-1, t)).unflatten(4, (-1, s)).unflatten(6, (-1, s))       # (B, C, n, t, h, s, w, s)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7)
+    """Move each t x s x s box of pixels behind the channels: (B, n*t, h*s, w*s, C) -> (B, n, h, w, C, t, s, s)."""
+    x = x.unflatten(1, (-1, t)).unflatten(3, (-1, s)).unflatten(5, (-1, s))       # (B, n, t, h, s, w, s, C)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6)
 
 
 def scatter(x):
-    """The way back: (B, n, h, w, C, t, s, s) -> (B, C, n*t, h*s, w*s)."""
+    """The way back: (B, n, h, w, C, t, s, s) -> (B, n*t, h*s, w*s, C)."""
     x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)                                         # (B, n, t, h, s, w, s, C)
-    return x.flatten(1, 2).flatten(2, 3).flatten(3, 4).movedim(-1, 1)
+    return x.flatten(1, 2).flatten(2, 3).flatten(3, 4)
 
 
 def patchify(x, s):
-    """(B, C, n, h*s, w*s) -> (B, C*s*s, n, h, w). Channels count columns before rows, unlike in the shortcuts (official 2.2 L294)."""
-    return gather(x, 1, s).transpose(6, 7).flatten(4).movedim(-1, 1)
+    """(B, n, h*s, w*s, C) -> (B, n, h, w, C*s*s). Channels count columns before rows, unlike in the shortcuts (official 2.2 L287)."""
+    return gather(x, 1, s).transpose(6, 7).flatten(4)
 
 
 def unpatchify(x, s):
-    """(B, C*s*s, n, h, w) -> (B, C, n, h*s, w*s)."""
-    return scatter(x.movedim(1, -1).unflatten(-1, (-1, 1, s, s)).transpose(6, 7))
+    """(B, n, h, w, C*s*s) -> (B, n, h*s, w*s, C)."""
+    return scatter(x.unflatten(4, (-1, 1, s, s)).transpose(6, 7))
 
 
 def average_down(x, y, t, s):
-    """Shortcut of an encoder stage: x (B, C, n*t, h*s, w*s), averaged in groups of channels and pixels to the shape of y.
+    """Shortcut of an encoder stage: x (B, n*t, h*s, w*s, C) averaged to the shape of y, in groups of channels and neighbours.
 
-    The first frame has no partner in time and is paired with a zero frame, which halves it (kept: official 2.2 L346).
+    The first frame has no partner in time and is paired with a zero frame, which halves it (kept, official 2.2 L336).
     """
-    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % t, 0))
-    return gather(x, t, s).flatten(4).unflatten(4, (y.shape[1], -1)).mean(5).movedim(-1, 1)   # (B, C', n, h, w)
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, -x.shape[1] % t, 0))
+    return gather(x, t, s).flatten(4).unflatten(4, (y.shape[4], -1)).mean(5)      # (B, n, h, w, C')
 
 
 def repeat_up(x, y, t, s):
-    """Shortcut of a decoder stage: x (B, C, n, h, w) repeated to the shape of y (B, C', n*t, h*s, w*s).
+    """Shortcut of a decoder stage: x (B, n, h, w, C) repeated to the shape of y (B, n*t, h*s, w*s, C').
 
-    The first frame stays one frame: only the last of its t copies is kept, as y has no more.
+    The first frame stays one frame: only the last of its t copies is kept, as y has no more (official 2.2 L410).
     """
-    x = x.movedim(1, -1).repeat_interleave(y.shape[1] * t * s * s // x.shape[1], dim=-1)     # (B, n, h, w, C'*t*s*s)
-    return scatter(x.unflatten(-1, (-1, t, s, s)))[:, :, -y.shape[2]:]
+    x = x.repeat_interleave(y.shape[4] * t * s * s // x.shape[4], dim=4)          # (B, n, h, w, C'*t*s*s)
+    return scatter(x.unflatten(4, (-1, t, s, s)))[:, -y.shape[1]:]
 
 
-# ---- layers; x is (B, C, n, h, w) with channels last in memory throughout ----
+# ---- layers ----
 
-def conv3d(x, layer):
-    """F.conv3d, on a CPU always through oneDNN: for a small single video PyTorch would pick a kernel up to 15 times slower."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups)
-    return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+ONEDNN = torch.backends.mkldnn.is_available()   # the library behind PyTorch's fast convolutions on most CPUs
+
+
+def convolve(x, layer):
+    """A Conv2d on (B, h, w, C) or a Conv3d on (B, n, h, w, C). Channels last is the fast layout, on GPUs and CPUs, for norms too.
+
+    On a CPU it always goes through oneDNN: left to itself PyTorch gives one small video to another kernel, up to 15 times slower.
+    """
+    x = x.movedim(-1, 1)
+    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        y = torch.mkldnn_convolution(x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups)
+    else:
+        y = (F.conv2d if x.ndim == 4 else F.conv3d)(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    return y.movedim(1, -1)
+
+
+def pointwise(x, layer):
+    """A convolution with a 1x1 or 1x1x1 kernel is a linear layer on the last axis of x (..., C)."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution over this frame and the two before it. Its past: the last two input frames."""
+    """A convolution over this frame and the two before it. Its past: the input frames that the next call needs again."""
 
     def __init__(self, c_in, c_out, kernel=(3, 3, 3), stride=(1, 1, 1)):
         super().__init__(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x, past):
         old = past.popleft()
-        x = F.pad(x, (0, 0, 0, 0, 2, 0)) if old is None else torch.cat([old, x], dim=2)   # (B, C, 2+n, h, w)
-        past.append(x[:, :, -2:].clone())     # a copy: a view would keep all of x in memory
-        return conv3d(x, self)
-
-
-class HalveTime(CausalConv):
-    """n frames -> n/2, each from two frames and the one before them. Its past: the last input frame."""
-
-    def __init__(self, C):
-        super().__init__(C, C, (3, 1, 1), (2, 1, 1))
-
-    def forward(self, x, past):
-        old = past.popleft()
-        past.append(x[:, :, -1:].clone())
-        return x if old is None else conv3d(torch.cat([old, x], dim=2), self)
-
-
-class DoubleTime(CausalConv):
-    """n frames -> 2n: the convolution makes both frames of each pair. The first frame is neither doubled nor ever looked back at."""
-
-    def __init__(self, C):
-        super().__init__(C, 2 * C, (3, 1, 1))
-
-    def forward(self, x, past):
-        if past[0] is None:
-            past.popleft()
-            past.append(torch.zeros_like(torch.cat([x, x], dim=2)))
-            return x
-        x = super().forward(x, past)                                              # (B, 2C, n, h, w)
-        return scatter(x.movedim(1, -1).unflatten(-1, (2, -1, 1, 1)).transpose(4, 5))   # (B, C, 2n, h, w)
+        assert old is not None or x.shape[1] == 1, f"a stream starts with 1 frame, got {x.shape[1]}"
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 2, 0)) if old is None else torch.cat([old, x], dim=1)   # (B, 2+n, h, w, C)
+        past.append(x[:, self.stride[0] - 3:].clone())   # 2 frames, or 1 if every other is skipped; a view would keep all of x
+        return convolve(x, self)
 
 
 class Downsample(nn.Module):
-    """Half the height and width, then half the frames if `time`."""
+    """Half the height and width, then half the frames if `time`: each from two frames and the one before them."""
 
     def __init__(self, C, time):
         super().__init__()
         self.space = nn.Conv2d(C, C, 3, stride=2)
-        self.time = HalveTime(C) if time else None
+        self.time = CausalConv(C, C, (3, 1, 1), stride=(2, 1, 1)) if time else None
 
     def forward(self, x, past):
-        x = video(self.space(F.pad(frames(x), (0, 1, 0, 1))), len(x))             # (B, C, n, h/2, w/2)
-        return self.time(x, past) if self.time else x
+        y = F.pad(x.flatten(0, 1), (0, 0, 0, 1, 0, 1))                            # (B*n, h+1, w+1, C)
+        y = convolve(y, self.space).unflatten(0, x.shape[:2])                     # (B, n, h/2, w/2, C)
+        if self.time and past[0] is not None:
+            y = self.time(y, past)                                                # (B, n/2, h/2, w/2, C)
+        elif self.time:                       # the first frame stays as it is
+            past.popleft()
+            past.append(y)
+        return y
 
 
 class Upsample(nn.Module):
-    """Twice the frames if `time`, then twice the height and width."""
+    """Twice the frames if `time`, the convolution making both of a pair, then twice the height and width."""
 
     def __init__(self, c_in, c_out, time):
         super().__init__()
-        self.time = DoubleTime(c_in) if time else None
+        self.time = CausalConv(c_in, 2 * c_in, (3, 1, 1)) if time else None
         self.space = nn.Conv2d(c_in, c_out, 3, padding=1)
 
     def forward(self, x, past):
-        x = self.time(x, past) if self.time else x
-        return video(self.space(F.interpolate(frames(x), scale_factor=2.0)), len(x))   # (B, c_out, n, 2h, 2w)
+        if self.time and past[0] is not None:
+            x = self.time(x, past).unflatten(4, (2, -1)).movedim(4, 2).flatten(1, 2)   # (B, 2n, h, w, c_in)
+        elif self.time:                       # the first frame stays as it is, and later ones never see it but zeros instead
+            past.popleft()
+            past.append(x.new_zeros(len(x), 2, *x.shape[2:]))
+        y = F.interpolate(x.flatten(0, 1).movedim(-1, 1), scale_factor=2.0).movedim(1, -1)   # (B*n, 2h, 2w, c_in), nearest
+        return convolve(y, self.space).unflatten(0, x.shape[:2])                  # (B, n, 2h, 2w, c_out)
 
 
 class RMSNorm(nn.Module):
-    """Over the channels of each pixel; `axes` is the number of axes after the channels. The mean square is taken in float32."""
+    """Over the channels of each pixel. The mean square is taken in float32."""
 
-    def __init__(self, C, axes=3):
+    def __init__(self, *shape):
         super().__init__()
-        self.gamma = nn.Parameter(torch.ones(C, *[1] * axes))
+        self.gamma = nn.Parameter(torch.ones(shape))
 
     def forward(self, x):
-        rms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) * x.shape[1] ** -0.5
-        return (x / rms.clamp_min(1e-12).to(x.dtype)).mul_(self.gamma)
+        rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
+        return (x / rms.clamp_min(1e-12).to(x.dtype)).mul_(self.gamma.flatten())
 
 
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.norm1 = RMSNorm(c_in)
+        self.norm1 = RMSNorm(c_in, 1, 1, 1)
         self.conv1 = CausalConv(c_in, c_out)
-        self.norm2 = RMSNorm(c_out)
+        self.norm2 = RMSNorm(c_out, 1, 1, 1)
         self.conv2 = CausalConv(c_out, c_out)
-        self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x, past):
         y = self.conv1(F.silu(self.norm1(x), inplace=True), past)
         y = self.conv2(F.silu(self.norm2(y), inplace=True), past)
-        return y + self.shortcut(x)
+        return y + (pointwise(x, self.shortcut) if self.shortcut else x)
 
 
 class Attention(nn.Module):
@@ -221,21 +211,19 @@ class Attention(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        self.norm = RMSNorm(C, axes=2)
+        self.norm = RMSNorm(C, 1, 1)
         self.qkv = nn.Conv2d(C, 3 * C, 1)
         self.proj = nn.Conv2d(C, C, 1)
 
     def forward(self, x):
-        h, w = x.shape[3:]
-        y = self.qkv(self.norm(frames(x)))                                        # (B*n, 3C, h, w)
-        q, k, v = y.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=3)       # (B*n, 1, h*w, C) each
-        y = F.scaled_dot_product_attention(q, k, v)                               # (B*n, 1, h*w, C)
-        y = y.squeeze(1).transpose(1, 2).unflatten(2, (h, w))                     # (B*n, C, h, w)
-        return x + video(self.proj(y), len(x))
+        y = self.norm(x).flatten(0, 1).flatten(1, 2).unsqueeze(1)                 # (B*n, 1, h*w, C)
+        q, k, v = pointwise(y, self.qkv).chunk(3, dim=3)                          # (B*n, 1, h*w, C) each
+        y = F.scaled_dot_product_attention(q, k, v).reshape(x.shape)              # (B, n, h, w, C)
+        return x + pointwise(y, self.proj)
 
 
 class Middle(nn.Module):
-    """The only part that looks across the whole picture; works on the smallest one."""
+    """Works where the picture is smallest; the attention is the only layer that looks across all of it."""
 
     def __init__(self, C):
         super().__init__()
@@ -254,7 +242,7 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResBlock(c_out if i else c_in, c_out) for i in range(blocks))
         self.resample = resample
-        self.shortcut = shortcut            # a function of the stage's input x and output y
+        self.shortcut = shortcut              # a function of the stage's input x and output y
 
     def forward(self, x, past):
         y = x
@@ -281,17 +269,17 @@ class Encoder(nn.Module):
             shortcut = partial(average_down, t=1 + time, s=2 - last) if cfg.shortcuts else None   # the last one too, t = s = 1
             self.stages.append(Stage(c_in, c_out, cfg.num_res_blocks, resample, shortcut))
         self.middle = Middle(c_out)
-        self.norm_out = RMSNorm(c_out)
+        self.norm_out = RMSNorm(c_out, 1, 1, 1)
         self.conv_out = CausalConv(c_out, 2 * cfg.z_dim)
         self.to_latent = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
 
     def forward(self, x, past):
-        x = patchify(x, self.patch).contiguous(memory_format=torch.channels_last_3d)
-        x = self.conv_in(x, past)
+        x = self.conv_in(patchify(x.movedim(1, -1), self.patch), past)            # (B, P, h, w, C)
         for stage in self.stages:
             x = stage(x, past)
-        x = self.middle(x, past)
-        return self.to_latent(self.conv_out(F.silu(self.norm_out(x), inplace=True), past))
+        x = self.middle(x, past)                                                  # (B, T, H, W, C)
+        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
+        return pointwise(x, self.to_latent).movedim(-1, 1)
 
 
 class Decoder(nn.Module):
@@ -309,21 +297,21 @@ class Decoder(nn.Module):
             c_out = cfg.dec_dim * mult
             last = i == len(cfg.dim_mult) - 1
             time = not last and cfg.temporal_downsample[::-1][i]
-            c_up = c_out if cfg.shortcuts or last else c_out // 2                 # Wan2.1 halves the width on the way up
+            c_up = c_out if cfg.shortcuts else c_out // 2                         # Wan2.1 halves the width on the way up
             resample = None if last else Upsample(c_out, c_up, time)
             shortcut = partial(repeat_up, t=1 + time, s=2) if cfg.shortcuts and not last else None
             self.stages.append(Stage(c_in, c_out, cfg.num_res_blocks + 1, resample, shortcut))
             c_in = c_up
-        self.norm_out = RMSNorm(c_out)
+        self.norm_out = RMSNorm(c_out, 1, 1, 1)
         self.conv_out = CausalConv(c_out, 3 * cfg.patch ** 2)
 
     def forward(self, z, past):
-        x = self.from_latent(z.contiguous(memory_format=torch.channels_last_3d))
-        x = self.middle(self.conv_in(x, past), past)
+        x = self.conv_in(pointwise(z.movedim(1, -1), self.from_latent), past)     # (B, T, H, W, C)
+        x = self.middle(x, past)
         for stage in self.stages:             # everything from here on is local in space
             x = stage(x, past)
-        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
-        return unpatchify(x, self.patch)
+        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)           # (B, P, h, w, 3*patch*patch)
+        return unpatchify(x, self.patch).movedim(-1, 1)
 
 
 # ---- streams ----
@@ -334,7 +322,9 @@ def new_past(net):
 
 
 def regroup(pieces, size):
-    """Cut an iterable of (B, C, any, h, w) pieces anew along time: first one frame alone, then `size` frames at a time, then the rest."""
+    """Cut an iterable of (B, C, any, h, w) pieces anew along time: one frame alone, then `size` frames at a time, then the rest."""
+    if size < 1:
+        raise ValueError(f"a chunk is 1 latent frame or more, got {size}")
     rest, want = None, 1
     for piece in pieces:
         rest = piece if rest is None else torch.cat([rest, piece], dim=2)
@@ -353,62 +343,61 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, video, chunk=4):
+    def encode(self, video, chunk=2):
         """Video to normalised latents: the mean of the latent distribution, nothing is drawn.
 
         video    (B, 3, P, h, w) float in [-1, 1]; P = 1 + 4n, h and w multiples of the stride (8, or 16 for Wan2.2)
-        chunk    latent frames computed together: a matter of speed and memory, not of the result
+        chunk    latent frames computed together: changes memory and a little speed, not the result; 1 is as fast on a GPU
         returns  (B, z_dim, 1 + n, h/8, w/8) float32
         raises   ValueError for another frame count or size
-        source   official 2.1 L526-551 and L640, which drops (P - 1) % 4 frames silently where this refuses
+        source   official 2.1 L516-542, L647, where the last (P - 1) % 4 frames are dropped in silence
         """
-        self.check_frames(video.shape[2])
+        self.check_frames(video.shape[2])     # the stream could only say so at its end
         return torch.cat(list(self.encode_stream([video], chunk)), dim=2)
 
-    def decode(self, latents, chunk=4):
+    def decode(self, latents, chunk=2):
         """Normalised latents to video.
 
-        latents  (B, z_dim, T, H, W)          chunk  latent frames computed together
+        latents  (B, z_dim, T, H, W)
+        chunk    as in encode
         returns  (B, 3, 1 + 4 (T-1), 8H, 8W) float32, clamped to [-1, 1] (16H, 16W for Wan2.2)
-        source   official 2.1 L553-575 and L651
+        source   official 2.1 L544-569, L657
         """
         return torch.cat(list(self.decode_stream([latents], chunk)), dim=2)
 
     @torch.no_grad()
-    def encode_stream(self, pieces, chunk=4):
-        """encode() for an iterable of (B, 3, any, h, w) pieces, one video in all: a generator of latent pieces, in constant memory.
+    def encode_stream(self, pieces, chunk=2):
+        """encode() for one video that comes as an iterable of (B, 3, any, h, w) pieces: a generator of latents, in constant memory.
 
-        raises ValueError at the end if the frames were not 1 + 4n in all, at once for a size that is no multiple of the stride
+        raises ValueError at once for a size that is no multiple of the stride, at the end if there were not 1 + 4n frames in all
         """
-        past, mean, std, count = new_past(self.encoder), *self.moments(), 0
+        past, count = new_past(self.encoder), 0
+        mean, std, weight = *self.moments(), self.encoder.conv_in.weight
         for x in regroup(pieces, self.stride[0] * chunk):
             count += x.shape[2]
             self.check_frames(count)
             if x.shape[3] % self.stride[1] or x.shape[4] % self.stride[2]:
                 raise ValueError(f"vae.encode takes height and width in multiples of {self.stride[1]}, got {x.shape[3]} x {x.shape[4]}: "
                                  f"crop or resize the video")
-            mu, _ = self.encoder(x.to(mean.device, self.dtype), past).float().chunk(2, dim=1)
-            yield (mu - mean) / std
+            mu, _ = self.encoder(x.to(weight), past).float().chunk(2, dim=1)
+            yield ((mu - mean) / std).contiguous()
 
     @torch.no_grad()
-    def decode_stream(self, pieces, chunk=4):
-        """decode() for an iterable of (B, z_dim, any, H, W) pieces, one video in all: a generator of video pieces, in constant memory."""
-        past, mean, std = new_past(self.decoder), *self.moments()
+    def decode_stream(self, pieces, chunk=2):
+        """decode() for latents that come as an iterable of (B, z_dim, any, H, W) pieces: a generator of frames, in constant memory."""
+        past = new_past(self.decoder)
+        mean, std, weight = *self.moments(), self.decoder.conv_in.weight
         for z in regroup(pieces, chunk):
-            z = z.to(mean.device, torch.float32) * std + mean
-            yield self.decoder(z.to(self.dtype), past).float().clamp_(-1, 1)
-
-    def check_frames(self, P):
-        t = self.stride[0]
-        if P < 1 or P % t != 1 % t:
-            lo = max(P - (P - 1) % t, 1)
-            raise ValueError(f"vae.encode takes 1 + {t}n frames, got {P}: trim to {lo} or pad to {lo + t}")
-
-    @property
-    def dtype(self):
-        return self.decoder.conv_in.weight.dtype
+            z = z.to(mean) * std + mean
+            yield self.decoder(z.to(weight), past).float().clamp(-1, 1).contiguous()
 
     def moments(self):
         """Mean and deviation of the raw latents, (1, z_dim, 1, 1, 1) float32 each, where the weights are."""
         device = self.decoder.conv_in.weight.device
         return [torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (self.config.mean, self.config.std)]
+
+    def check_frames(self, P):
+        t = self.stride[0]
+        if P < 1 or (P - 1) % t:
+            lo = max(P - (P - 1) % t, 1)
+            raise ValueError(f"vae.encode takes 1 + {t}n frames, got {P}: trim to {lo} or pad to {lo + t}")

@@ -210,7 +210,7 @@ class WanS2VPipeline:
 
     # --------------------------------------------------------------------------------------------------------------- clips
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
         """Make a video clip by clip.
 

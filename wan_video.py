@@ -97,7 +97,7 @@ class WanVideoPipeline:
                              f"take {max(1, round(width / 2 / stride)) * 2 * stride}x{max(1, round(height / 2 / stride)) * 2 * stride}")
         return height, width
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
         """Make the video; yields (3, P, height, width) float32 in [-1, 1] on the CPU, a few frames at a time. Arguments as in WanS2VPipeline."""
         stage, o, checkpoint = stage or Stages(), plan.options, self.checkpoint

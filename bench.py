@@ -1,0 +1,249 @@
+"""How fast, and in how much memory? Random weights at the released sizes, made on the device: no checkpoint is needed.
+
+    python bench.py                                                    S2V-14B, one denoiser forward at 832x480
+    python bench.py --size 1280x704 --fp8 --compile                    the fastest way through it
+    python bench.py --size 1280x704 --fp8 --vram 8                     as on a card of 8 GB
+    python bench.py --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all
+    python bench.py --against REPO --size 832x480                      the official forward in the same process, same shapes
+    python bench.py --against REPO --preset tiny                       the same on a CPU, float32
+
+A forward is one call of the denoiser for one guidance branch of a later clip (with motion tokens); a step with guidance is two. Times are
+medians after a warm-up. Shares are of what this device reaches on plain matrix products and attention of the same shapes, measured first.
+The last line is JSON.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import fake_checkpoint
+from audio import AudioEncoder
+from convert_weights import Entry, materialise, parameter_shapes
+from model import attention, attention_backend, compile_blocks
+from pictures import s2v_size
+from sample import size
+from text import TextEncoder
+from vae import VAE
+from wan_s2v import token_counts
+
+GIB = 2 ** 30
+
+
+def sync(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run, device, repeats=3, warmup=1):
+    """Median, least and most of `repeats` calls."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        sync(device)
+        start = time.perf_counter()
+        run()
+        sync(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), min(times), max(times)
+
+
+def peak(device):
+    """Highest GPU memory reserved so far, and host memory of the process, GiB."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    return (torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0), host
+
+
+def random_entries(kind, config, device, dtype):
+    """{our name: Entry} of random numbers with sane statistics, made on the device when they are read."""
+    def make(name, shape):
+        generator = torch.Generator(device).manual_seed(len(name))
+        mean, deviation = fake_checkpoint.spread(name, shape)
+        return (torch.randn(shape, device=device, generator=generator) * deviation + mean).to(dtype)
+    return {name: Entry(Path("random"), shape, dtype, lambda name=name, shape=shape: make(name, shape))
+            for name, shape in parameter_shapes(kind, config).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ work and rates
+
+def forward_flops(cfg, tokens, video_tokens):
+    """Operations of one forward -> (in linear layers, in self-attention); a multiply and an add are two."""
+    C, S = cfg.dim, cfg.text_len
+    linear = cfg.n_layer * 2 * tokens * (6 * C * C + 2 * C * cfg.ffn_dim) + len(cfg.audio_layers) * 2 * video_tokens * 2 * C * C
+    cross = cfg.n_layer * 4 * tokens * S * C
+    return linear + cross, cfg.n_layer * 4 * tokens * tokens * C
+
+
+def rates(cfg, tokens, device, dtype, fp8):
+    """TFLOP/s of plain matrix products (bf16 or fp8) and of attention at this network's shapes."""
+    from fp8 import FP8Linear, quantize_weight
+    n, C = min(tokens, 32768), cfg.dim
+    x, w = torch.randn(n, C, device=device, dtype=dtype), torch.randn(cfg.ffn_dim, C, device=device, dtype=dtype)
+    if fp8 and device.type == "cuda":
+        from fp8 import quantize
+        (a, sa), (b, sb) = quantize(x), quantize_weight(w)
+        def product():
+            torch._scaled_mm(a, b.t(), sa, sb.t(), out_dtype=dtype, use_fast_accum=True)
+    else:
+        def product():
+            F.linear(x, w)
+    matmul = 2 * n * C * cfg.ffn_dim / seconds(product, device, 5)[0] / 1e12
+    q, k, v = (torch.randn(1, tokens, cfg.n_head, C // cfg.n_head, device=device, dtype=dtype) for _ in range(3))
+    with attention_backend(device):
+        attend = 4 * tokens * tokens * C / seconds(lambda: attention(q, k, v), device, 3)[0] / 1e12
+    return matmul, attend
+
+
+# -------------------------------------------------------------------------------------------------------------------- stages
+
+def bench_denoiser(args, configs, device, dtype, shape):
+    cfg, (T, H, W) = configs["denoiser"], shape
+    tokens, video = token_counts(shape)[1], T * H * W // 4
+    matmul, attend = rates(cfg, tokens, device, dtype, args.fp8)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, dtype), device, dtype,
+                      args.fp8, args.resident)
+    if args.compile:
+        compile_blocks(net)
+
+    def random(*size):
+        return torch.randn(size, device=device, dtype=dtype)
+    cond = net.prepare(shape, random(1, 60, cfg.text_dim), random(1, cfg.audio_states, cfg.audio_dim, 4 * T), random(1, cfg.out_dim, 1, H, W),
+                       random(1, cfg.out_dim, 19, H, W), chunk=args.chunk)
+    conds = (cond, cond) if args.branches == 2 else (cond,)
+    latents, t = random(1, cfg.out_dim, T, H, W), torch.full((1,), 500, device=device)
+
+    def forward():
+        net.velocities(latents, t, conds)
+    start = time.perf_counter()
+    forward()
+    sync(device)
+    first = time.perf_counter() - start
+    median, least, most = (s / len(conds) for s in seconds(forward, device, args.repeats))
+    linear, attn = forward_flops(cfg, tokens, video)
+    floor = linear / matmul / 1e12 + attn / attend / 1e12
+    gpu, host = peak(device)
+    print(f"denoiser   {tokens:,} tokens, {median:.3f} s per forward ({least:.3f} to {most:.3f}; first call {first:.1f} s), "
+          f"{(linear + attn) / median / 1e12:.0f} TFLOP/s")
+    print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul:.0f} + {attn / 1e12:.0f} attention at {attend:.0f} TFLOP/s; "
+          f"reached {floor / median:.0%}")
+    print(f"           peak {gpu:.1f} GiB reserved on the GPU, {host:.1f} GiB of host memory")
+    if args.profile:
+        profile(forward)
+    return dict(tokens=tokens, s_per_forward=median, first_call_s=first, tflops=(linear + attn) / median / 1e12, floor_s=floor,
+                matmul_tflops=matmul, attention_tflops=attend, peak_gpu_gib=gpu, peak_host_gib=host)
+
+
+def profile(run):
+    """Where the time goes, by kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+        run()
+        torch.cuda.synchronize()
+    rows = sorted(p.key_averages(), key=lambda row: -row.self_device_time_total)
+    total = sum(row.self_device_time_total for row in rows)
+    for row in rows[:18]:
+        print(f"           {row.self_device_time_total / total:6.1%} {row.self_device_time_total / 1e3:9.1f} ms {row.count:6d}x  {row.key[:100]}")
+
+
+def random_network(kind, configs, device, dtype):
+    config = configs[kind]
+    return materialise(kind, config, random_entries(kind, config, device, dtype), device, dtype)
+
+
+def bench_vae(args, configs, device, shape, decode):
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.vae_dtype]
+    vae, (T, H, W) = random_network("vae", configs, device, dtype), shape
+    st, sh, sw = vae.stride
+    if decode:
+        x = torch.randn(1, vae.config.z_dim, T + 19, H, W, device=device)
+        run, what = (lambda: [None for _ in vae.decode_stream([x])]), f"decode of {T + 19} latents"
+    else:
+        x = torch.rand(1, 3, 73, H * sh, W * sw, device=device) * 2 - 1
+        run, what = (lambda: vae.encode(x)), "encode of 73 frames"
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    median, least, most = seconds(run, device, args.repeats)
+    gpu, host = peak(device)
+    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}: {median:.2f} s ({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
+    return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
+
+
+def bench_text(args, configs, device, dtype):
+    net = random_network("text", configs, device, dtype)
+    ids = torch.randint(0, configs["text"].vocab, (1, 512), device=device)
+    median, *_ = seconds(lambda: net(ids), device, args.repeats)
+    gpu, host = peak(device)
+    print(f"text       512 tokens: {median:.3f} s, peak {gpu:.1f} GiB reserved")
+    return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
+
+
+def bench_audio(args, configs, device):
+    net = random_network("audio", configs, device, torch.float32)
+    wav = torch.randn(1, 16000 * 10, device=device)
+    median, *_ = seconds(lambda: net(wav), device, args.repeats)
+    gpu, host = peak(device)
+    print(f"audio      10 s of sound: {median:.3f} s, peak {gpu:.1f} GiB reserved")
+    return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
+
+
+def commit():
+    run = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=("s2v-14B", "tiny"), default="s2v-14B")
+    p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "text", "audio", "all"), default="dit")
+    p.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="of the video (default 832x480)")
+    p.add_argument("--frames", type=int, default=80, help="of a clip (default 80)")
+    p.add_argument("--fp8", action="store_true", help="float8 weights and activations in the blocks")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks' per-token parts")
+    p.add_argument("--resident", type=int, help="blocks that stay on the GPU, the others are streamed (default: all)")
+    p.add_argument("--vram", type=float, help="GiB of a card to rehearse: this process cannot take more than what is left for it there")
+    p.add_argument("--chunk", type=int, help="longest span of tokens worked on at once (default: none)")
+    p.add_argument("--branches", type=int, choices=(1, 2), default=1, help="guidance branches in one loop over the blocks (default 1)")
+    p.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
+    p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward too")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return p
+
+
+def main(args):
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    configs = fake_checkpoint.released("s2v-14B") if args.preset == "s2v-14B" else fake_checkpoint.tiny("s2v-14B")
+    stride = configs["vae"].stride
+    shape = (args.frames // stride[0], args.size[1] // stride[1], args.size[0] // stride[2])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, commit {commit()}, {args.preset} at {args.size[0]}x{args.size[1]}, {args.frames} frames"
+          f"{', fp8' * args.fp8}{', compiled' * args.compile}")
+    if args.vram:
+        torch.cuda.set_per_process_memory_fraction(args.vram * 0.9 * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape), "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
+            "vae-encode": lambda: bench_vae(args, configs, device, shape, False), "text": lambda: bench_text(args, configs, device, dtype),
+            "audio": lambda: bench_audio(args, configs, device)}
+    with torch.no_grad():
+        result = {stage: run() for stage, run in runs.items() if args.stage in (stage, "all")}
+        if args.against:
+            from parity_official import time_official
+            result["official"] = time_official(args.against, configs["denoiser"], shape, device, dtype, args.repeats)
+            ratio = result["official"]["s_per_forward"] / result["dit"]["s_per_forward"]
+            print(f"official   {result['official']['s_per_forward']:.3f} s per forward: ours is {ratio:.2f} times as fast")
+    print(json.dumps(dict(gpu=name, torch=torch.__version__, commit=commit(), argv=sys.argv[1:], **result)))
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())

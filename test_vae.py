@@ -1,0 +1,160 @@
+"""The VAE without weights: python -m pytest test_vae.py    (CPU, seconds; equality with the official numbers is in test_parity.py)"""
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vae import VAE, VAE22, VAEConfig, convolve, new_past
+
+TINY = {"wan2.1": VAEConfig(dim=8, dec_dim=8, num_res_blocks=1), "wan2.2": replace(VAE22, dim=8, dec_dim=8, num_res_blocks=1)}
+TOLERANCE = 1e-5   # float32 rounding through some 40 convolutions of values around 1; where it is exactly 0 depends on the CPU
+
+
+@pytest.fixture(params=TINY)
+def vae(request):
+    torch.manual_seed(0)
+    return VAE(TINY[request.param]).eval()
+
+
+def inputs(vae, P=17):
+    """A video (2, 3, P, h, w) and latents (2, z_dim, T, 2, 3) of the same size."""
+    t, s, _ = vae.stride
+    rng = torch.Generator().manual_seed(1)
+    return torch.rand(2, 3, P, 2 * s, 3 * s, generator=rng) * 2 - 1, torch.randn(2, vae.config.z_dim, 1 + (P - 1) // t, 2, 3, generator=rng)
+
+
+def gap(a, b):
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.float32
+    return (a - b).abs().max().item()
+
+
+def test_shapes(vae):
+    video, z = inputs(vae)
+    assert vae.encode(video).shape == z.shape and vae.decode(z).shape == video.shape
+    assert vae.stride == ((4, 8, 8) if vae.config.patch == 1 else (4, 16, 16))
+    assert vae.decode(z).abs().max() <= 1
+
+
+def test_chunks_equal_one_pass(vae):
+    video, z = inputs(vae)
+    latents, pixels = vae.encode(video, chunk=99), vae.decode(z, chunk=99)
+    for chunk in (1, 2, 3):
+        gaps = gap(vae.encode(video, chunk), latents), gap(vae.decode(z, chunk), pixels)
+        print(f"chunk {chunk}: encode, decode max |difference| {gaps}, tolerance {TOLERANCE}")
+        assert max(gaps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cuts", [[1] * 17, [2, 15], [7, 0, 1, 9]])
+def test_encode_stream_takes_any_pieces(vae, cuts):
+    video, _ = inputs(vae)
+    pieces = list(vae.encode_stream(iter(video.split(cuts, dim=2)), chunk=2))
+    assert [p.shape[2] for p in pieces] == [1, 2, 2]
+    assert gap(torch.cat(pieces, dim=2), vae.encode(video, chunk=99)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cuts", [[1] * 5, [2, 3], [4, 0, 1]])
+def test_decode_stream_takes_any_pieces(vae, cuts):
+    _, z = inputs(vae)
+    pieces = list(vae.decode_stream(iter(z.split(cuts, dim=2)), chunk=3))
+    assert [p.shape[2] for p in pieces] == [1, 12, 4]
+    assert gap(torch.cat(pieces, dim=2), vae.decode(z, chunk=99)) <= TOLERANCE
+
+
+def test_streams_are_lazy(vae):
+    """The first frame comes out before the second latent is asked for."""
+    def latents():
+        yield inputs(vae)[1][:, :, :1]
+        raise RuntimeError("asked too early")
+    assert next(vae.decode_stream(latents())).shape[2] == 1
+
+
+def test_causal(vae):
+    """What comes later changes nothing before it, so a picture is the first frame of every video that starts with it."""
+    video, z = inputs(vae)
+    assert gap(vae.encode(video)[:, :, :3], vae.encode(video[:, :, :9])) <= TOLERANCE
+    assert gap(vae.decode(z)[:, :, :1], vae.decode(z[:, :, :1])) <= TOLERANCE
+
+
+def test_calls_leave_nothing_behind(vae):
+    video, z = inputs(vae)
+    first = vae.encode(video), vae.decode(z)
+    next(vae.decode_stream([z]))              # a stream given up half way
+    assert gap(vae.encode(video), first[0]) == 0 and gap(vae.decode(z), first[1]) == 0
+
+
+def test_batch_equals_single(vae):
+    video, z = inputs(vae)
+    assert gap(vae.encode(video)[1:], vae.encode(video[1:])) <= TOLERANCE and gap(vae.decode(z)[1:], vae.decode(z[1:])) <= TOLERANCE
+
+
+def test_bad_input(vae):
+    video, z = inputs(vae)
+    for P, message in ((7, "got 7: trim to 5 or pad to 9"), (0, "got 0: trim to 1 or pad to 5")):
+        with pytest.raises(ValueError, match=message):
+            vae.encode(video[:, :, :P])
+    with pytest.raises(ValueError, match="takes 1 [+] 4n frames, got 7"):
+        list(vae.encode_stream(video[:, :, :7].split(2, dim=2)))
+    with pytest.raises(ValueError, match=f"multiples of {vae.stride[1]}, got {video.shape[3] - 1} x"):
+        vae.encode(video[:, :, :, 1:])
+    with pytest.raises(ValueError, match="1 latent frame or more, got 0"):
+        vae.decode(z, chunk=0)
+    with pytest.raises(ValueError, match="wants 8 .z_dim. values"):
+        VAEConfig(z_dim=8)
+    with pytest.raises(AssertionError, match="a stream starts with 1 frame, got 2"):
+        vae.decoder(z[:, :, :2], new_past(vae.decoder))
+
+
+def test_convolve_is_a_convolution():
+    torch.manual_seed(0)
+    for layer, x in ((torch.nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 8, 6)), (torch.nn.Conv3d(4, 6, 3), torch.randn(1, 4, 3, 8, 6))):
+        assert gap(convolve(x.movedim(1, -1), layer).movedim(-1, 1), layer(x)) <= TOLERANCE
+
+
+def test_one_pass_has_gradients(vae):
+    """Training runs the networks directly: the first frame, then all others, through one queue."""
+    video, _ = inputs(vae, P=9)
+    past = new_past(vae.encoder)
+    moments = torch.cat([vae.encoder(video[:, :, :1], past), vae.encoder(video[:, :, 1:], past)], dim=2)
+    past = new_past(vae.decoder)
+    z = moments[:, :vae.config.z_dim]
+    torch.cat([vae.decoder(z[:, :, :1], past), vae.decoder(z[:, :, 1:], past)], dim=2).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.parameters())
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it: .peak is the most that were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.alive:
+                self.alive.add(key)
+                self.now += tensor.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(tensor.untyped_storage(), self.free, key, tensor.untyped_storage().nbytes())
+        return out
+
+    def free(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+
+def test_constant_memory(vae):
+    t, s, _ = vae.stride
+    streams = {"encode": lambda T: vae.encode_stream(torch.zeros(1, 3, t if i else 1, s * 2, s * 2) for i in range(T)),
+               "decode": lambda T: vae.decode_stream(torch.zeros(1, vae.config.z_dim, 1, 2, 2) for _ in range(T))}
+    for name, stream in streams.items():
+        peaks = []
+        for P in (17, 33, 81):
+            with Memory() as memory:
+                for _ in stream(1 + (P - 1) // t):
+                    pass
+            peaks.append(memory.peak)
+        print(f"{name} of 17, 33, 81 frames: peak {peaks} bytes")
+        assert max(peaks) <= 1.05 * min(peaks)
