@@ -12,12 +12,14 @@ medians after a warm-up. Shares are of what this device reaches on plain matrix 
 The last line is JSON.
 """
 import argparse
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,16 +27,15 @@ import torch.nn.functional as F
 
 import fake_checkpoint
 from audio import AudioEncoder
-from convert_weights import Entry, materialise, parameter_shapes
+from checkpoints import Entry, materialise, parameter_shapes
+from machine import GIB, USABLE, forward_flops, memory_used
 from model import attention, attention_backend, compile_blocks
+from offload import HostLayers
 from pictures import s2v_size
 from sample import size
 from text import TextEncoder
 from vae import VAE
 from wan_s2v import token_counts
-
-GIB = 2 ** 30
-
 
 def sync(device):
     if device.type == "cuda":
@@ -55,16 +56,10 @@ def seconds(run, device, repeats=3, warmup=1):
     return statistics.median(times), min(times), max(times)
 
 
-def peak(device):
-    """Highest GPU memory reserved so far, and host memory of the process, GiB."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    return (torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0), host
-
-
 def random_entries(kind, config, device, dtype):
     """{our name: Entry} of random numbers with sane statistics, made on the device when they are read."""
     def make(name, shape):
-        generator = torch.Generator(device).manual_seed(len(name))
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         mean, deviation = fake_checkpoint.spread(name, shape)
         return (torch.randn(shape, device=device, generator=generator) * deviation + mean).to(dtype)
     return {name: Entry(Path("random"), shape, dtype, lambda name=name, shape=shape: make(name, shape))
@@ -72,14 +67,6 @@ def random_entries(kind, config, device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------ work and rates
-
-def forward_flops(cfg, tokens, video_tokens):
-    """Operations of one forward -> (in linear layers, in self-attention); a multiply and an add are two."""
-    C, S = cfg.dim, cfg.text_len
-    linear = cfg.n_layer * 2 * tokens * (6 * C * C + 2 * C * cfg.ffn_dim) + len(cfg.audio_layers) * 2 * video_tokens * 2 * C * C
-    cross = cfg.n_layer * 4 * tokens * S * C
-    return linear + cross, cfg.n_layer * 4 * tokens * tokens * C
-
 
 def rates(cfg, tokens, device, dtype, fp8):
     """TFLOP/s of plain matrix products (bf16 or fp8) and of attention at this network's shapes."""
@@ -119,6 +106,8 @@ def bench_denoiser(args, configs, device, dtype, shape):
         return torch.randn(size, device=device, dtype=dtype)
     cond = net.prepare(shape, random(1, 60, cfg.text_dim), random(1, cfg.audio_states, cfg.audio_dim, 4 * T), random(1, cfg.out_dim, 1, H, W),
                        random(1, cfg.out_dim, 19, H, W), chunk=args.chunk)
+    if args.resident is not None:
+        cond = replace(cond, layers=HostLayers(cond.layers))
     conds = (cond, cond) if args.branches == 2 else (cond,)
     latents, t = random(1, cfg.out_dim, T, H, W), torch.full((1,), 500, device=device)
 
@@ -127,20 +116,47 @@ def bench_denoiser(args, configs, device, dtype, shape):
     start = time.perf_counter()
     forward()
     sync(device)
-    first = time.perf_counter() - start
+    first, (whole, _) = time.perf_counter() - start, memory_used(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     median, least, most = (s / len(conds) for s in seconds(forward, device, args.repeats))
     linear, attn = forward_flops(cfg, tokens, video)
     floor = linear / matmul / 1e12 + attn / attend / 1e12
-    gpu, host = peak(device)
+    steady, host = memory_used(device)
+    gpu = max(whole, steady)
     print(f"denoiser   {tokens:,} tokens, {median:.3f} s per forward ({least:.3f} to {most:.3f}; first call {first:.1f} s), "
           f"{(linear + attn) / median / 1e12:.0f} TFLOP/s")
     print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul:.0f} + {attn / 1e12:.0f} attention at {attend:.0f} TFLOP/s; "
           f"reached {floor / median:.0%}")
-    print(f"           peak {gpu:.1f} GiB reserved on the GPU, {host:.1f} GiB of host memory")
+    print(f"           peak {gpu:.1f} GiB reserved on the GPU ({steady:.1f} after the first call), {host:.1f} GiB of host memory")
     if args.profile:
         profile(forward)
     return dict(tokens=tokens, s_per_forward=median, first_call_s=first, tflops=(linear + attn) / median / 1e12, floor_s=floor,
-                matmul_tflops=matmul, attention_tflops=attend, peak_gpu_gib=gpu, peak_host_gib=host)
+                matmul_tflops=matmul, attention_tflops=attend, peak_gpu_gib=gpu, steady_gpu_gib=steady,
+                peak_host_gib=host)
+
+
+def bench_error(args, configs, device, shape):
+    """One forward in float32, bfloat16 and float8 with the same weights and inputs: relative L2 differences."""
+    cfg, (T, H, W) = configs["denoiser"], shape
+
+    def forward(dtype, quantize):
+        torch.manual_seed(0)
+        net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, torch.bfloat16), device, dtype, quantize)
+        sizes = ((1, 60, cfg.text_dim), (1, cfg.audio_states, cfg.audio_dim, 4 * T), (1, cfg.out_dim, 1, H, W), (1, cfg.out_dim, 19, H, W))
+        cond = net.prepare(shape, *(torch.randn(size, device=device) for size in sizes), chunk=8192)
+        v = net(torch.randn(1, cfg.out_dim, T, H, W, device=device), torch.full((1,), 500, device=device), cond)
+        del net, cond
+        gc.collect()
+        return v.double()
+    full, half, eight = forward(torch.float32, False), forward(torch.bfloat16, False), forward(torch.bfloat16, True)
+
+    def gap(a, b):
+        return float((a - b).norm() / b.norm())
+    result = dict(bf16_against_float32=gap(half, full), fp8_against_bf16=gap(eight, half), fp8_against_float32=gap(eight, full))
+    print("error      " + ", ".join(f"{name.replace('_', ' ')} {value:.3%}" for name, value in result.items()) + " (relative L2 of the velocity)")
+    return result
 
 
 def profile(run):
@@ -173,7 +189,7 @@ def bench_vae(args, configs, device, shape, decode):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     median, least, most = seconds(run, device, args.repeats)
-    gpu, host = peak(device)
+    gpu, host = memory_used(device)
     print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}: {median:.2f} s ({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
@@ -182,7 +198,7 @@ def bench_text(args, configs, device, dtype):
     net = random_network("text", configs, device, dtype)
     ids = torch.randint(0, configs["text"].vocab, (1, 512), device=device)
     median, *_ = seconds(lambda: net(ids), device, args.repeats)
-    gpu, host = peak(device)
+    gpu, host = memory_used(device)
     print(f"text       512 tokens: {median:.3f} s, peak {gpu:.1f} GiB reserved")
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
@@ -191,7 +207,7 @@ def bench_audio(args, configs, device):
     net = random_network("audio", configs, device, torch.float32)
     wav = torch.randn(1, 16000 * 10, device=device)
     median, *_ = seconds(lambda: net(wav), device, args.repeats)
-    gpu, host = peak(device)
+    gpu, host = memory_used(device)
     print(f"audio      10 s of sound: {median:.3f} s, peak {gpu:.1f} GiB reserved")
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
@@ -204,7 +220,7 @@ def commit():
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=("s2v-14B", "tiny"), default="s2v-14B")
-    p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "text", "audio", "all"), default="dit")
+    p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "text", "audio", "error", "all"), default="dit")
     p.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="of the video (default 832x480)")
     p.add_argument("--frames", type=int, default=80, help="of a clip (default 80)")
     p.add_argument("--fp8", action="store_true", help="float8 weights and activations in the blocks")
@@ -231,10 +247,10 @@ def main(args):
     print(f"{name}, torch {torch.__version__}, commit {commit()}, {args.preset} at {args.size[0]}x{args.size[1]}, {args.frames} frames"
           f"{', fp8' * args.fp8}{', compiled' * args.compile}")
     if args.vram:
-        torch.cuda.set_per_process_memory_fraction(args.vram * 0.9 * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+        torch.cuda.set_per_process_memory_fraction(args.vram * USABLE * GIB / torch.cuda.get_device_properties(device).total_memory, device)
     runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape), "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
             "vae-encode": lambda: bench_vae(args, configs, device, shape, False), "text": lambda: bench_text(args, configs, device, dtype),
-            "audio": lambda: bench_audio(args, configs, device)}
+            "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
     with torch.no_grad():
         result = {stage: run() for stage, run in runs.items() if args.stage in (stage, "all")}
         if args.against:

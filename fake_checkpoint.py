@@ -22,7 +22,9 @@ import torch
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+import checkpoints
 import convert_weights as convert
+import names
 from audio import AudioConfig
 from model import Config
 from text import TextConfig
@@ -107,18 +109,18 @@ def changed(configs, settings):
 
 def official_names(kind, config):
     """{our name: official name} of every parameter"""
-    table = convert.inverse(convert.official_rules(kind, config))
-    return {ours: convert.rename(ours, table) for ours in convert.parameter_shapes(kind, config)}
+    table = names.inverse(names.official_rules(kind, config))
+    return {ours: names.rename(ours, table) for ours in checkpoints.parameter_shapes(kind, config)}
 
 
 def random_part(kind, config, dtype, component):
     """A Part whose numbers are made when they are read."""
-    shapes = convert.parameter_shapes(kind, config)
+    shapes = checkpoints.parameter_shapes(kind, config)
     tensors = {}
     for ours, name in official_names(kind, config).items():
         make = partial(random_tensor, name, shapes[ours], dtype, seed=component)
-        tensors[ours] = convert.Entry(Path(component), shapes[ours], dtype, make)
-    return convert.Part(kind, config, tensors)
+        tensors[ours] = checkpoints.Entry(Path(component), shapes[ours], dtype, make)
+    return checkpoints.Part(kind, config, tensors)
 
 
 def random_checkpoint(task, configs, dtypes, tokenizer, **sampling):
@@ -126,10 +128,10 @@ def random_checkpoint(task, configs, dtypes, tokenizer, **sampling):
 
     dtypes     {component kind: dtype}      sampling  values that differ from the task's; a `boundary` makes two experts, None one
     """
-    boundary = sampling.pop("boundary", convert.BOUNDARY.get(task))
-    parts = {name: random_part("denoiser", configs["denoiser"], dtypes["denoiser"], name) for name in convert.expert_names(boundary)}
+    boundary = sampling.pop("boundary", checkpoints.BOUNDARY.get(task))
+    parts = {name: random_part("denoiser", configs["denoiser"], dtypes["denoiser"], name) for name in checkpoints.expert_names(boundary)}
     parts |= {kind: random_part(kind, config, dtypes[kind], kind) for kind, config in configs.items() if kind != "denoiser"}
-    return convert.Checkpoint(Path("random"), task, boundary, convert.SAMPLING[task] | sampling, tokenizer, parts, RECIPE)
+    return checkpoints.Checkpoint(Path("random"), task, boundary, checkpoints.SAMPLING[task] | sampling, tokenizer, parts, RECIPE)
 
 
 TINY = {"tiny": "s2v-14B", "tiny-t2v": "t2v-A14B", "tiny-i2v": "i2v-A14B", "tiny-ti2v": "ti2v-5B"}   # folder name -> task
@@ -139,9 +141,9 @@ TINY_S2V = {"boundary": 0.875, "guidance": [2.0, 2.0]}      # two experts, unlik
 
 def write_tiny(task, folder):
     """A tiny random checkpoint in our layout, into an existing folder."""
-    make_tokenizer(folder / "tokenizer.json", [convert.SAMPLING[task]["negative_prompt"]])
+    make_tokenizer(folder / "tokenizer.json", [checkpoints.SAMPLING[task]["negative_prompt"]])
     sampling = TINY_SAMPLING | (TINY_S2V if task == "s2v-14B" else {})
-    dtypes = dict.fromkeys(convert.CONFIGS, torch.bfloat16)
+    dtypes = dict.fromkeys(names.CONFIGS, torch.bfloat16)
     convert.write_checkpoint(random_checkpoint(task, tiny(task), dtypes, folder / "tokenizer.json", **sampling), folder)
 
 
@@ -156,7 +158,7 @@ def ensure_tiny(folder):
         raise ValueError(f"no tiny checkpoint is called {folder.name}: choose one of {', '.join(TINY)}")
     config = folder / "config.json"
     if config.is_file():
-        note = convert.read_json(config).get("note") or ""
+        note = checkpoints.read_json(config).get("note") or ""
         if note == RECIPE or not note.startswith(RECIPE.split(":")[0]):
             return folder
         shutil.rmtree(folder)
@@ -170,19 +172,14 @@ def ensure_tiny(folder):
 
 # ------------------------------------------------------------------------------------------------------------ official layout
 
-def write_json(path, fields):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(fields, indent=2) + "\n")
-
-
 def denoiser_json(task, config):
     """config.json of a denoiser with the fields that the published ones have."""
     s2v = config.audio_dim > 0
     fields = {"_class_name": "WanModel_S2V" if s2v else "WanModel", "_diffusers_version": "0.33.0", "model_type": task.split("-")[0]}
-    fields |= {theirs: getattr(config, ours) for theirs, ours in (convert.FIELDS | (convert.FIELDS_S2V if s2v else {})).items()}
+    fields |= {theirs: getattr(config, ours) for theirs, ours in (names.FIELDS | (names.FIELDS_S2V if s2v else {})).items()}
     inert = {"zero_init": True, "enable_tsm": False, "trainable_token_pos_emb": False, "motion_token_num": 1024,
              "framepack_drop_mode": "padd"}
-    return fields | ((convert.SCOPE_S2V | inert) if s2v else {})
+    return fields | ((names.SCOPE_S2V | inert) if s2v else {})
 
 
 def write_shards(folder, tensors):
@@ -200,7 +197,7 @@ def write_shards(folder, tensors):
         convert.write_safetensors(folder / name, part)
         index |= dict.fromkeys(part, name)
     total = sum(entry.nbytes for entry in tensors.values())
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    convert.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
 
 
 def write_wav2vec(folder, part, tensors):
@@ -208,33 +205,33 @@ def write_wav2vec(folder, part, tensors):
     C = part.config.dim
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", "'", "-", *"abcdefghijklmnopqrstuvwxyz"]
     unused = {"lm_head.weight": (len(letters), C), "lm_head.bias": (len(letters),), "wav2vec2.masked_spec_embed": (C,)}
-    tensors |= {name: convert.Entry(folder, shape, torch.float32, partial(random_tensor, name, shape, torch.float32, seed="audio"))
+    tensors |= {name: checkpoints.Entry(folder, shape, torch.float32, partial(random_tensor, name, shape, torch.float32, seed="audio"))
                 for name, shape in unused.items()}
     fields = {"architectures": ["Wav2Vec2ForCTC"], "model_type": "wav2vec2", "vocab_size": len(letters), "pad_token_id": 0}
-    fields |= {theirs: getattr(part.config, ours) for theirs, ours in convert.FIELDS_AUDIO.items()}
-    write_json(folder / "config.json", fields | convert.SCOPE_AUDIO | {"num_feat_extract_layers": len(part.config.conv_dim)})
-    write_json(folder / "preprocessor_config.json", {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": True,
+    fields |= {theirs: getattr(part.config, ours) for theirs, ours in names.FIELDS_AUDIO.items()}
+    convert.write_json(folder / "config.json", fields | names.SCOPE_AUDIO | {"num_feat_extract_layers": len(part.config.conv_dim)})
+    convert.write_json(folder / "preprocessor_config.json", {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": True,
                                                      "feature_size": 1, "padding_side": "right", "padding_value": 0.0,
                                                      "return_attention_mask": True, "sampling_rate": 16000})
-    write_json(folder / "vocab.json", {letter: i for i, letter in enumerate(letters)})
+    convert.write_json(folder / "vocab.json", {letter: i for i, letter in enumerate(letters)})
     convert.write_safetensors(folder / "model.safetensors", tensors)
 
 
 def write_official(checkpoint, folder):
     """A Checkpoint -> the layout that it would be published in, into an existing folder."""
     tokenizer = folder / "google" / "umt5-xxl" / "tokenizer.json"
-    write_json(tokenizer.with_name("tokenizer_config.json"), {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>",
+    convert.write_json(tokenizer.with_name("tokenizer_config.json"), {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>",
                                                               "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 512})
-    make_tokenizer(tokenizer, [convert.SAMPLING[checkpoint.task]["negative_prompt"]])
+    make_tokenizer(tokenizer, [checkpoints.SAMPLING[checkpoint.task]["negative_prompt"]])
     for name, part in checkpoint.parts.items():
-        names = official_names(part.kind, part.config)
-        tensors = {names[ours]: entry for ours, entry in part.tensors.items()}
+        published = official_names(part.kind, part.config)
+        tensors = {published[ours]: entry for ours, entry in part.tensors.items()}
         if part.kind == "denoiser":
             root = folder / {"denoiser": ".", "denoiser_high": "high_noise_model", "denoiser_low": "low_noise_model"}[name]
-            write_json(root / "config.json", denoiser_json(checkpoint.task, part.config))
+            convert.write_json(root / "config.json", denoiser_json(checkpoint.task, part.config))
             write_shards(root, tensors)
         elif part.kind == "audio":
-            write_wav2vec(folder / convert.WAV2VEC, part, tensors)
+            write_wav2vec(folder / checkpoints.WAV2VEC, part, tensors)
         else:
             vae_name = f"Wan2.{2 if part.kind == 'vae' and part.config.shortcuts else 1}_VAE.pth"
             file = vae_name if part.kind == "vae" else "models_t5_umt5-xxl-enc-bf16.pth"
@@ -286,7 +283,7 @@ def make_tokenizer(path, texts=()):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write a checkpoint of random numbers.")
-    parser.add_argument("task", choices=list(convert.SAMPLING))
+    parser.add_argument("task", choices=list(checkpoints.SAMPLING))
     parser.add_argument("target", help="new folder")
     parser.add_argument("--tiny", action="store_true", help="a few MB instead of the released size")
     parser.add_argument("--ours", action="store_true", help="the converted layout, as weights/tiny* have it (with --tiny)")

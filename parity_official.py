@@ -23,14 +23,14 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import convert_weights
+import checkpoints
 from audio import audio_features
 from model import attention_backend
 from solver import make_solver
 from text import Tokenizer, encode_prompt
 
 PROMPTS = {"prompt": "A woman in a red coat talks to the camera, soft light.", "unclean prompt": "  caf&amp;eacute;\n\t&lt;3 ",
-           "negative prompt": convert_weights.NEGATIVE_S2V}
+           "negative prompt": checkpoints.NEGATIVE_S2V}
 LATENT = (5, 16, 24)         # T, H, W of the denoiser's inputs: 20 frames of 128 x 192 pixels; uneven, so that swapped axes show
 EXPERT_TIME = {"denoiser": 500, "denoiser_high": 950, "denoiser_low": 400}
 
@@ -48,9 +48,9 @@ def plain_attention(q, k, v, q_lens=None, k_lens=None, softmax_scale=None, causa
 
     q, k, v (B, tokens, heads, D) -> same shape and dtype as q. Keys beyond k_lens (B,) are left out.
     """
-    n = k.shape[1] if k_lens is None else int(max(k_lens))
+    n = k.shape[1] if k_lens is None else int(k_lens.max())
     mask = None
-    if k_lens is not None and int(min(k_lens)) < n:
+    if k_lens is not None and int(k_lens.min()) < n:
         mask = (torch.arange(n) < k_lens.cpu()[:, None])[:, None, None].to(q.device)                # (B, 1, 1, n)
     heads = [x.transpose(1, 2).to(v.dtype) for x in (q, k[:, :n], v[:, :n])]                        # (B, heads, tokens, D)
     return F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=causal, scale=softmax_scale).transpose(1, 2).to(q.dtype)
@@ -90,17 +90,17 @@ def official(name, keep_flash=False):
         for stub in stubs:
             del sys.modules[stub]
     for key, imported in list(sys.modules.items()):     # the function was copied into every file that imports it
-        if key.startswith("wan.") and hasattr(imported, "flash_attention") and not keep_flash:
-            imported.flash_attention = plain_attention
+        if key.startswith("wan.") and hasattr(imported, "flash_attention") and key != "wan.modules.attention":
+            imported.flash_attention = sys.modules["wan.modules.attention"].flash_attention if keep_flash else plain_attention
     return module
+
+
+REAL_AUTOCAST = torch.amp.autocast
 
 
 def cpu_autocast(device_type="cuda", dtype=None, enabled=True, cache_enabled=None):
     """torch.amp.autocast("cuda", ...) as it would be on a GPU, on a CPU: bfloat16 regions, with float32 ones inside."""
     return REAL_AUTOCAST("cpu", dtype=torch.bfloat16, enabled=enabled and dtype == torch.bfloat16)
-
-
-REAL_AUTOCAST = torch.amp.autocast
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def official_precision(device, dtype):
 class Setting:
     """What is compared, and where it runs. Every *_theirs and *_ours below returns {output: tensor}."""
     folder: Path
-    checkpoint: convert_weights.Checkpoint
+    checkpoint: checkpoints.Checkpoint
     device: torch.device
     dtype: torch.dtype
 
@@ -175,7 +175,7 @@ def audio_theirs(s):
     from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
     encoder = module.AudioEncoder.__new__(module.AudioEncoder)      # its __init__ also wants the files for writing transcripts
     encoder.processor = Wav2Vec2FeatureExtractor(do_normalize=True)
-    encoder.model, encoder.video_rate = Wav2Vec2ForCTC.from_pretrained(s.folder / convert_weights.WAV2VEC).to(s.device), 30
+    encoder.model, encoder.video_rate = Wav2Vec2ForCTC.from_pretrained(s.folder / checkpoints.WAV2VEC).to(s.device), 30
     module.librosa = types.SimpleNamespace(load=lambda path, sr: (voice().numpy(), sr))
     states = encoder.extract_audio_feat("", return_all_layers=True)                                 # (S, T30, C)
     columns, clips = encoder.get_audio_embed_bucket_fps(states, fps=16, batch_frames=80, m=0)       # (P, S, C)
@@ -330,7 +330,7 @@ def compare(weights, repo, device="cpu", dtype=torch.float32):
     raises   ValueError for a folder or checkout of another kind, or if nothing could be compared
     """
     from test_parity import compare as measure          # late: test_parity imports this file
-    checkpoint = convert_weights.open_checkpoint(weights)
+    checkpoint = checkpoints.open_checkpoint(weights)
     if checkpoint.tokenizer.parent.name != "umt5-xxl":
         raise ValueError(f"wanted a folder in the official layout, got {weights} in another: the official code reads no other")
     add_checkout(repo)
@@ -360,7 +360,7 @@ def time_official(repo, config, shape, device, dtype, repeats=3):
 
     config   model.Config with audio_dim        shape  (T, H, W) of the latents        dtype  float32, or bfloat16 on a GPU
     returns  median seconds: s_per_forward (official; does everything again each time), ours_s_per_forward and ours_prepare_s (once per clip
-             and guidance branch); ratio = ours / official; rel_l2 between the two outputs
+             and guidance branch); ratio = ours / official, median over the turns, which a busy machine slows alike; rel_l2 of the outputs
     """
     from accelerate import init_empty_weights           # what diffusers loads with: tables stay on the CPU, parameters come later
     import fake_checkpoint
@@ -374,7 +374,7 @@ def time_official(repo, config, shape, device, dtype, repeats=3):
     theirs.load_state_dict({names[name]: x for name, x in tensors.items()}, strict=True, assign=True)
     theirs.eval()
     shared = {name: replace(entry, read=partial(tensors.get, name)) for name, entry in part.tensors.items()}
-    ours = convert_weights.materialise("denoiser", config, shared, device, dtype)
+    ours = checkpoints.materialise("denoiser", config, shared, device, dtype)
 
     (T, H, W), x = shape, noise(1, 1, config.out_dim, *shape).to(device)
     args = to_device(dict(text=noise(2, 1, min(60, config.text_len), config.text_dim), ref=noise(4, 1, config.out_dim, 1, H, W),
@@ -395,4 +395,5 @@ def time_official(repo, config, shape, device, dtype, repeats=3):
                 times[name] += [time.perf_counter() - start] * (turn > 0)         # the first turn is a warm-up
     result = {name: statistics.median(values) for name, values in times.items()}
     wanted, got = outputs["s_per_forward"].float(), outputs["ours_s_per_forward"].float()
-    return result | dict(ratio=result["ours_s_per_forward"] / result["s_per_forward"], rel_l2=float((got - wanted).norm() / wanted.norm()))
+    ratio = statistics.median(o / t for o, t in zip(times["ours_s_per_forward"], times["s_per_forward"]))
+    return result | dict(ratio=ratio, rel_l2=float((got - wanted).norm() / wanted.norm()))

@@ -1,28 +1,36 @@
-"""Make a video: python sample.py --audio voice.wav --image face.png
+"""Make a video.
 
-Reads the checkpoint's task from its config, prints the plan before any weight is loaded, writes frames as clips are finished.
-Exit status 2 and one line on stderr for anything wrong with the input; no half-written file is left.
+    python sample.py --audio voice.wav --image face.png                            S2V: picture + sound
+    python sample.py --ckpt Wan2.2-T2V-A14B --prompt "..."                         T2V, and likewise I2V and TI2V
+
+The task is written in the checkpoint; what must be given follows from it.
+
+Prints the plan before any weight is loaded, writes frames as clips are finished. Exit status 2 and one line on stderr for anything wrong with the input; no half-written file is left.
 """
 import argparse
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from convert_weights import open_checkpoint
-from fake_checkpoint import ensure_tiny
+from checkpoints import open_checkpoint
+from fake_checkpoint import TINY, ensure_tiny
+from machine import Machine
 from video import check_output
 from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
+from wan_video import WanVideoPipeline
 
-TINY = Path(__file__).parent / "weights" / "tiny"
+WEIGHTS = Path(__file__).parent / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
   python sample.py --audio voice.wav --image face.png                      tiny checkpoint, any laptop, no downloads
   python sample.py --audio voice.m4a --image face.jpg --ckpt Wan2.2-S2V-14B --prompt "a woman is singing"
   python sample.py --audio talk.mp3 --start 12.5 --duration 10 --image face.png --seed 7 --out talk.mp4
   python sample.py --audio voice.wav --image face.png --ckpt Wan2.2-S2V-14B --size 1280x704 --pose-video dance.mp4
+  python sample.py --ckpt weights/tiny-t2v --prompt "a cat on a roof"      (also weights/tiny-i2v, weights/tiny-ti2v)
 """
 
 
@@ -37,21 +45,35 @@ def size(text):
     return width, height
 
 
+def numbers(text):
+    """"4.5" -> (4.5,), "3,4" -> (3.0, 4.0)"""
+    try:
+        values = tuple(float(n) for n in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"wanted a number, or two with a comma between, got {text!r}")
+    return values
+
+
 def parser():
     """The command line. A default of None is the checkpoint's own value, named in the help."""
-    p = argparse.ArgumentParser(description="One picture and one sound become one video.", epilog=EXAMPLES,
+    p = argparse.ArgumentParser(description="One picture and one sound become one video; with other checkpoints a prompt, or a picture.", epilog=EXAMPLES,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("what goes in")
-    g.add_argument("--audio", help="speech or song: wav, flac, ogg, mp3, m4a, aac, opus, webm or a video's sound (required)")
-    g.add_argument("--image", help="reference picture: who or what is seen (required)")
-    g.add_argument("--prompt", default="", help="what happens in the scene (default: empty)")
+    g.add_argument("--audio", metavar="FILE", help="speech or song: wav, flac, ogg, mp3, m4a, aac, opus, webm or a video's sound (S2V: required)")
+    g.add_argument("--image", metavar="FILE", help="reference picture: who or what is seen (S2V, I2V: required; TI2V: may be given)")
+    g.add_argument("--prompt", default="", help="what happens in the scene (T2V: required; default: empty)")
     g.add_argument("--negative-prompt", help="what must not be seen (default: the checkpoint's)")
-    g.add_argument("--pose-video", help="video whose motion is followed, sampled at 16 fps (default: none)")
+    g.add_argument("--pose-video", metavar="FILE", help="video whose motion is followed, sampled at 16 fps (default: none)")
     g.add_argument("--start", type=float, default=0.0, help="seconds to skip in the audio (default: 0)")
     g.add_argument("--duration", type=float, help="seconds of the audio to use (default: to its end)")
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
-    g.add_argument("--size", type=size, metavar="WxH", help="pixel budget; the picture keeps its shape (default: S2V-14B 1024x704, tiny 128x128)")
+    g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
+                   "size (default: S2V-14B 1024x704, A14B 1280x720, TI2V-5B 1280x704, tiny 128x128)")
+    g.add_argument("--frames", type=int, help="of the video (S2V: at most, default as long as the audio; others 4n + 1, default A14B 81, "
+                   "TI2V-5B 121, tiny 33)")
     g.add_argument("--clips", type=int, help="clips to make, at most (default: as many as the audio needs)")
     g.add_argument("--clip-frames", type=int, help=f"frames made at once, a multiple of 4, at most {MAX_CLIP_FRAMES} (default: 80)")
     g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off)")
@@ -59,15 +81,22 @@ def parser():
                    help="play the sound this many frames later, or earlier if negative: -3 undoes the official lead of the mouth over the "
                         "sound, 187.5 ms (default: 0, as official)")
     g = p.add_argument_group("sampler")
-    g.add_argument("--steps", type=int, help="denoising steps per clip (default: S2V-14B 40, tiny 12)")
-    g.add_argument("--shift", type=float, help="schedule shift towards high noise (default: S2V-14B 3)")
-    g.add_argument("--guidance", type=float, help="classifier-free guidance, 1 turns it off (default: S2V-14B 4.5)")
+    g.add_argument("--steps", type=int, help="denoising steps (default: TI2V-5B 50, others 40, tiny 12)")
+    g.add_argument("--shift", type=float, help="schedule shift towards high noise (default: S2V-14B 3, T2V-A14B 12, I2V-A14B 5, TI2V-5B 5)")
+    g.add_argument("--guidance", type=numbers, help="classifier-free guidance, 1 turns it off; two values LOW,HIGH for the low- and high-noise "
+                   "experts (default: S2V-14B 4.5, T2V-A14B 3,4, I2V-A14B 3.5, TI2V-5B 5, tiny 2)")
     g.add_argument("--solver", help="unipc, dpm++ or euler (default: unipc)")
     g.add_argument("--seed", type=int, default=42, help="seed of clip 0; clip r uses seed + r (default: 42)")
     g = p.add_argument_group("machine")
     g.add_argument("--ckpt", help="folder in the official or converted layout (default: a tiny random one, made on first use)")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=DTYPES, help="of the large linear layers (default: bfloat16 on a GPU, float32 on a CPU)")
+    g.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the VAE (default: float32, as official)")
+    g.add_argument("--vram", type=float, metavar="GB", help="plan for a card of this size and take no more (default: what is free)")
+    g.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=False,
+                   help="cast the large matrices to float8 while loading; a checkpoint converted with --fp8 has them already (default: off)")
+    g.add_argument("--resident", type=int, metavar="N", help="blocks that stay on the GPU, the others are streamed (default: as many as fit)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, from 5 steps on)")
     return p
 
 
@@ -86,30 +115,35 @@ class Progress:
                 bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
 
 
-def checkpoint_folder(ckpt):
-    if ckpt is not None:
-        return Path(ckpt)
-    print(f"no --ckpt: using the tiny checkpoint {TINY.relative_to(TINY.parent.parent)}; its weights are random, so the picture is noise: "
-          "it shows that everything runs, not what the model can do")
-    ensure_tiny(TINY)
-    return TINY
+def open_folder(ckpt):
+    """The checkpoint, making a tiny random one if it is asked for by name or none is given."""
+    folder = WEIGHTS / "tiny" if ckpt is None else Path(ckpt)
+    if folder.parent.resolve() == WEIGHTS.resolve() and folder.name in TINY:
+        ensure_tiny(folder)
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.note:
+        print(f"using the tiny checkpoint weights/{folder.name} of {checkpoint.note.split(':')[0]}: the picture will be noise; it shows that "
+              "everything runs, not what the model can do")
+    return checkpoint
+
+
+def machine_of(args):
+    """The user's choices of where and how to run."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    compiled = device.type == "cuda" and (args.steps or 40) > 4 if args.compile is None else args.compile
+    return Machine(device, run_dtype(DTYPES.get(args.dtype), device), DTYPES.get(args.vae_dtype, torch.float32), args.fp8, compiled,
+                   resident=args.resident)
 
 
 def main(args):
     check_output(args.out)
-    for name in ("audio", "image"):
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name} is required: give a file (see --help)")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
-    checkpoint = open_checkpoint(checkpoint_folder(args.ckpt))
-    pipeline = WanS2VPipeline(checkpoint, device, run_dtype(DTYPES.get(args.dtype), device))
-    options = Options(args.audio, args.image, args.prompt, args.negative_prompt, args.size and args.size[0] * args.size[1], args.steps,
-                      args.shift, args.guidance, args.solver, args.seed, args.clips, args.clip_frames, None, args.pose_video,
-                      args.start_from_ref, args.start, args.duration)
-    plan = pipeline.plan(options)
+    checkpoint = open_folder(args.ckpt)
+    make = WanS2VPipeline if checkpoint.task.startswith("s2v") else WanVideoPipeline
+    pipeline = make(checkpoint, machine_of(args), args.vram)
+    plan = pipeline.plan(Options(**{field.name: getattr(args, field.name) for field in fields(Options)}))
     print(plan)
     stages = Stages()
-    with open_writer(args.out, (plan.height, plan.width), plan.options, args.av_offset) as writer:
+    with open_writer(args.out, plan, args.av_offset) as writer:
         try:
             for frames in pipeline.generate(plan, stages, Progress(plan.clips)):
                 with stages("write"):
@@ -122,15 +156,20 @@ def main(args):
     print(f"wrote    {writer.summary}")
 
 
-if __name__ == "__main__":
+def cli(argv=None):
+    """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
     try:
-        main(parser().parse_args())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        main(parser().parse_args(argv))
+        return 0
     except torch.OutOfMemoryError:
         print("error: the device is out of memory: choose a smaller --size or fewer --clip-frames", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

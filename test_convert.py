@@ -1,7 +1,4 @@
-"""Name tables, strictness and file handling of convert_weights.py and fake_checkpoint.py:  pytest test_convert.py
-
-The last tests compare with the model classes of diffusers and transformers; they are skipped where those are not installed.
-"""
+"""Name tables, strictness and file handling of checkpoints.py, convert_weights.py and fake_checkpoint.py:  pytest test_convert.py"""
 import json
 import math
 import os
@@ -14,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import convert_weights as convert
 import fake_checkpoint as fake
+import names
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("s2v-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B", "vae2_1", "vae2_2", "umt5-xxl-encoder", "wav2vec2-large-xlsr-53")
@@ -23,13 +22,17 @@ SHARD = "diffusion_pytorch_model-00001-of-00001.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
+def small(task):
+    return fake.changed(fake.tiny(task), ["denoiser.n_layer=4", "vae.dim=8", "vae.dec_dim=8", "text.n_layer=1"])
+
+
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """{task: official-layout folder of tiny random weights}"""
     root = tmp_path_factory.mktemp("official")
-    for task in convert.SAMPLING:
-        fake.official(task, root / task, fake.tiny(task))
-    return {task: root / task for task in convert.SAMPLING}
+    for task in checkpoints.SAMPLING:
+        fake.official(task, root / task, small(task))
+    return {task: root / task for task in checkpoints.SAMPLING}
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def s2v(official, tmp_path):
 def refusal(folder, *parts):
     """The one-line message with which a folder is refused; it must contain all parts."""
     with pytest.raises(ValueError) as error:
-        convert.open_checkpoint(folder)
+        checkpoints.open_checkpoint(folder)
     message = str(error.value)
     assert "\n" not in message and len(message) < 1000
     for part in parts:
@@ -79,15 +82,15 @@ def same(a, b):
 def test_manifest(name):
     """Every published key and shape has one place, every place is filled, and the table reads backwards."""
     meta = json.loads((GOLDEN / f"manifest_{name}.json").read_text())
-    entries = {key: convert.Entry(Path(name), tuple(shape), torch.float32, None) for key, shape in meta["state_dict"].items()}
-    kind, config, rules = convert.identify(name, meta["constructor"], entries)
-    found = convert.match(entries, rules, kind, config, name)
-    dropped = {key for key in entries if convert.rename(key, rules) is None}
-    assert found.keys() == convert.parameter_shapes(kind, config).keys()
+    entries = {key: checkpoints.Entry(Path(name), tuple(shape), torch.float32, None) for key, shape in meta["state_dict"].items()}
+    kind, config, rules = names.identify(name, meta["constructor"], entries)
+    found = checkpoints.match(entries, rules, kind, config, name)
+    dropped = {key for key in entries if names.rename(key, rules) is None}
+    assert found.keys() == checkpoints.parameter_shapes(kind, config).keys()
     assert len(found) + len(dropped) == len(entries)
     assert dropped == ({"lm_head.weight", "lm_head.bias", "wav2vec2.masked_spec_embed"} if kind == "audio" else set())
     assert sum(math.prod(entry.shape) for entry in entries.values()) == meta["parameters"]
-    back = {convert.rename(ours, convert.inverse(rules)) for ours in found}
+    back = {names.rename(ours, names.inverse(rules)) for ours in found}
     assert {key.replace("weight_g", "parametrizations.weight.original0").replace("weight_v", "parametrizations.weight.original1")
             for key in back} == entries.keys() - dropped
 
@@ -98,34 +101,34 @@ def test_released_sizes():
         configs = fake.released(task)
         for kind, name in {"denoiser": task, "vae": vae, "text": "umt5-xxl-encoder"}.items():
             shapes = json.loads((GOLDEN / f"manifest_{name}.json").read_text())["state_dict"]
-            names = fake.official_names(kind, configs[kind])
-            assert {names[ours]: list(shape) for ours, shape in convert.parameter_shapes(kind, configs[kind]).items()} == shapes
+            published = fake.official_names(kind, configs[kind])
+            assert {published[ours]: list(shape) for ours, shape in checkpoints.parameter_shapes(kind, configs[kind]).items()} == shapes
 
 
 # ---- folders that are right ----
 
-@pytest.mark.parametrize("task", convert.SAMPLING)
+@pytest.mark.parametrize("task", checkpoints.SAMPLING)
 def test_official_folder(official, tmp_path, task):
     """Found out from its files; read in memory it equals its converted copy bit for bit, and both equal what was written."""
-    straight = convert.open_checkpoint(official[task])
+    straight = checkpoints.open_checkpoint(official[task])
     convert.convert(official[task], tmp_path / "ours")
-    copy = convert.open_checkpoint(tmp_path / "ours")
+    copy = checkpoints.open_checkpoint(tmp_path / "ours")
     assert straight.task == copy.task == task
     assert straight.experts == (["denoiser_high", "denoiser_low"] if "A14B" in task else ["denoiser"])
     assert straight.boundary == {"t2v-A14B": 0.875, "i2v-A14B": 0.9}.get(task) == copy.boundary
-    assert straight.sampling == copy.sampling == convert.SAMPLING[task]
-    assert straight.configs == copy.configs == fake.tiny(task)
+    assert straight.sampling == copy.sampling == checkpoints.SAMPLING[task]
+    assert straight.configs == copy.configs == small(task)
     for name, part in straight.parts.items():
         same(bits(straight.load(name)), bits(copy.load(name)))
-        names = fake.official_names(part.kind, part.config)
+        published = fake.official_names(part.kind, part.config)
         for ours, entry in part.tensors.items():
-            assert torch.equal(entry.read(), fake.random_tensor(names[ours], entry.shape, entry.dtype, name))
+            assert torch.equal(entry.read(), fake.random_tensor(published[ours], entry.shape, entry.dtype, name))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
 
 
 def test_load_casts(official):
     """The dtype asked for, except where the denoiser needs float32; no gradients; the tensors of two experts differ."""
-    checkpoint = convert.open_checkpoint(official["t2v-A14B"])
+    checkpoint = checkpoints.open_checkpoint(official["t2v-A14B"])
     high, low = (checkpoint.load(name, dtype=torch.bfloat16) for name in checkpoint.experts)
     assert high.blocks[0].ffn[0].weight.dtype == torch.bfloat16 and high.head.modulation.dtype == torch.float32
     assert not high.training and not any(p.requires_grad for p in high.parameters())
@@ -139,7 +142,7 @@ def test_shards(tmp_path, monkeypatch):
     fake.official("s2v-14B", tmp_path / "s2v", fake.tiny("s2v-14B"))
     files = sorted((tmp_path / "s2v").glob("*.safetensors"))
     assert len(files) > 4 and all(file.stat().st_size < 2 * 10**6 for file in files)
-    assert convert.open_checkpoint(tmp_path / "s2v").parts["denoiser"].parameters == 2_444_453
+    assert checkpoints.open_checkpoint(tmp_path / "s2v").parts["denoiser"].parameters == 2_444_453
     files[0].rename(files[0].with_suffix(".tmp"))
     refusal(tmp_path / "s2v", files[0].name)
     files[1].rename(files[0])
@@ -149,28 +152,28 @@ def test_shards(tmp_path, monkeypatch):
 
 def test_wav2vec_files(s2v, official):
     """pytorch_model.bin in both torch formats, both spellings of weight norm, with and without the CTC model's prefix."""
-    folder = s2v / convert.WAV2VEC
-    wanted = bits(convert.open_checkpoint(official["s2v-14B"]).load("audio"))
+    folder = s2v / checkpoints.WAV2VEC
+    wanted = bits(checkpoints.open_checkpoint(official["s2v-14B"]).load("audio"))
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     for zipped in (True, False):
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-        same(bits(convert.open_checkpoint(s2v).load("audio")), wanted)
+        same(bits(checkpoints.open_checkpoint(s2v).load("audio")), wanted)
     tensors = {name.removeprefix("wav2vec2.").replace("weight_g", "parametrizations.weight.original0")
                .replace("weight_v", "parametrizations.weight.original1"): tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
-    same(bits(convert.open_checkpoint(s2v).load("audio")), wanted)
+    same(bits(checkpoints.open_checkpoint(s2v).load("audio")), wanted)
 
 
 def test_bf16(tmp_path):
     """--dtype bf16 halves a float32 denoiser and keeps in float32 what runs in it."""
     fake.official("ti2v-5B", tmp_path / "official", fake.tiny("ti2v-5B"), dtype=torch.float32)
     assert convert.main([str(tmp_path / "official"), str(tmp_path / "ours"), "--dtype", "bf16"]) == 0
-    tensors = convert.open_checkpoint(tmp_path / "ours").parts["denoiser"].tensors
+    tensors = checkpoints.open_checkpoint(tmp_path / "ours").parts["denoiser"].tensors
     assert tensors["blocks.0.ffn.0.weight"].dtype == torch.bfloat16
     assert tensors["blocks.0.modulation"].dtype == torch.float32
-    net = convert.open_checkpoint(tmp_path / "ours").load("denoiser", dtype=torch.bfloat16)
-    same(bits(net), bits(convert.open_checkpoint(tmp_path / "official").load("denoiser", dtype=torch.bfloat16)))
+    net = checkpoints.open_checkpoint(tmp_path / "ours").load("denoiser", dtype=torch.bfloat16)
+    same(bits(net), bits(checkpoints.open_checkpoint(tmp_path / "official").load("denoiser", dtype=torch.bfloat16)))
 
 
 # ---- folders that are wrong ----
@@ -226,13 +229,13 @@ def test_code_in_pickle(s2v, tmp_path):
 
 
 def test_damaged_files(s2v, official):
-    for file in (SHARD, "Wan2.1_VAE.pth", f"{convert.WAV2VEC}/model.safetensors"):
+    for file in (SHARD, "Wan2.1_VAE.pth", f"{checkpoints.WAV2VEC}/model.safetensors"):
         whole = (s2v / file).read_bytes()
         for content in (whole[:len(whole) // 2], whole[:-1], whole[:6], b"", b"not a tensor in sight\n" * 20):
             (s2v / file).write_bytes(content)
             refusal(s2v, s2v / file, "download it again")
         (s2v / file).write_bytes(whole)
-    for file in ("config.json", f"{convert.WAV2VEC}/config.json", INDEX):
+    for file in ("config.json", f"{checkpoints.WAV2VEC}/config.json", INDEX):
         whole = (s2v / file).read_bytes()
         for content in (b"{", b"[]", b"\xff\xfe"):
             (s2v / file).write_bytes(content)
@@ -244,7 +247,7 @@ def test_damaged_files(s2v, official):
 
 def test_missing_files(s2v, tmp_path):
     """All of them in one message."""
-    for file in ("Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json", f"{convert.WAV2VEC}/model.safetensors", SHARD):
+    for file in ("Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json", f"{checkpoints.WAV2VEC}/model.safetensors", SHARD):
         (s2v / file).unlink()
     refusal(s2v, "Wan2.1_VAE.pth (VAE)", "tokenizer.json (tokenizer)", "model.safetensors (audio encoder)", SHARD)
     refusal(tmp_path, "no checkpoint")
@@ -256,7 +259,7 @@ def test_another_models_file(s2v, official):
     """One clear line for a file in the wrong place."""
     edit_shard(s2v, lambda t: (t.clear(), t.update(load_file(official["t2v-A14B"] / "high_noise_model" / SHARD))))
     refusal(s2v, "holds a T2V, I2V or TI2V denoiser, wanted an S2V denoiser")
-    save_file(load_file(official["s2v-14B"] / convert.WAV2VEC / "model.safetensors"), s2v / "diffusion_pytorch_model.safetensors")
+    save_file(load_file(official["s2v-14B"] / checkpoints.WAV2VEC / "model.safetensors"), s2v / "diffusion_pytorch_model.safetensors")
     refusal(s2v, "holds a wav2vec2 encoder, wanted an S2V denoiser")
     shutil.copy(official["s2v-14B"] / SHARD, s2v / "diffusion_pytorch_model.safetensors")
     shutil.copy(official["ti2v-5B"] / "Wan2.2_VAE.pth", s2v / "Wan2.1_VAE.pth")
@@ -295,9 +298,9 @@ def test_config_fields(s2v, capsys):
         (s2v / "config.json").write_text(json.dumps(changed))
         return s2v
 
-    convert.open_checkpoint(s2v)
+    checkpoints.open_checkpoint(s2v)
     assert capsys.readouterr().err == ""
-    convert.open_checkpoint(with_fields(new_thing=3))
+    checkpoints.open_checkpoint(with_fields(new_thing=3))
     assert capsys.readouterr().err == f"{s2v / 'config.json'}: unknown field new_thing ignored\n"
     refusal(with_fields(dim=None), "lacks the field dim")
     refusal(with_fields(enable_framepack=None), "lacks the field enable_framepack")
@@ -306,7 +309,7 @@ def test_config_fields(s2v, capsys):
     refusal(with_fields(adain_mode="adain"), "adain_mode = attn_norm", "got adain")
     refusal(with_fields(patch_size=[1, 4, 4]), "patch_size = [1, 2, 2]", "got [1, 4, 4]")
     refusal(with_fields(num_heads=3), "config.json", "n_head 3")
-    refusal(with_fields(num_layers=7), "blocks.6.modulation is missing")
+    refusal(with_fields(num_layers=7), "blocks.4.modulation is missing")
     refusal(with_fields(audio_inject_layers=[0, 9]), "audio_layers")
 
 
@@ -347,8 +350,8 @@ def test_writer_alignment(tmp_path):
     """Odd sizes and mixed dtypes, scalars and empty tensors read back equal through safetensors itself."""
     tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5, 1), "c": torch.tensor(2.5), "d": torch.randn(7).to(torch.float8_e4m3fn),
                "e": torch.arange(6).view(2, 3), "f": torch.zeros(0, 4), "g": torch.randn(4, 6).t()}
-    convert.write_safetensors(tmp_path / "x.safetensors", {name: convert.Entry(tmp_path, tuple(t.shape), t.dtype, partial(lambda t: t, t))
-                                                           for name, t in tensors.items()})
+    entries = {name: checkpoints.Entry(tmp_path, tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in tensors.items()}
+    convert.write_safetensors(tmp_path / "x.safetensors", entries)
     for name, tensor in load_file(tmp_path / "x.safetensors").items():
         assert tensor.dtype == tensors[name].dtype and torch.equal(tensor.float(), tensors[name].float())
 
@@ -364,9 +367,9 @@ def test_ensure_tiny(tmp_path):
                      "tokenizer.json", "vae.safetensors"]
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
     assert sum((first / name).stat().st_size for name in files) < 16e6
-    checkpoint = convert.open_checkpoint(first)
+    checkpoint = checkpoints.open_checkpoint(first)
     assert checkpoint.boundary == 0.875 and checkpoint.note == fake.RECIPE
-    assert fake.make_tokenizer(tmp_path / "t.json", [convert.NEGATIVE]) <= checkpoint.configs["text"].vocab
+    assert fake.make_tokenizer(tmp_path / "t.json", [checkpoints.NEGATIVE]) <= checkpoint.configs["text"].vocab
     before = (first / "vae.safetensors").stat()
     assert fake.ensure_tiny(first) == first and (first / "vae.safetensors").stat() == before
     fields = json.loads((first / "config.json").read_text())
@@ -388,108 +391,14 @@ def test_ensure_tiny_race(tmp_path, monkeypatch):
             shutil.copytree(folder, tmp_path / "tiny")
 
     monkeypatch.setattr(fake, "write_tiny", slow)
-    assert convert.open_checkpoint(fake.ensure_tiny(tmp_path / "tiny")).task == "s2v-14B"
+    assert checkpoints.open_checkpoint(fake.ensure_tiny(tmp_path / "tiny")).task == "s2v-14B"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_settings(tmp_path, capsys):
     """--set makes other sizes."""
     assert fake.main(["s2v-14B", str(tmp_path / "x"), "--tiny", "--set", "denoiser.n_layer=2", "--set", "denoiser.ffn_dim=64"]) == 0
-    config = convert.open_checkpoint(tmp_path / "x").configs["denoiser"]
+    config = checkpoints.open_checkpoint(tmp_path / "x").configs["denoiser"]
     assert (config.n_layer, config.ffn_dim, config.audio_layers) == (2, 64, (0,))
     assert fake.main(["s2v-14B", str(tmp_path / "y"), "--tiny", "--set", "denoiser.depth=2"]) == 2
     assert "denoiser.depth=2" in capsys.readouterr().err and not (tmp_path / "y").exists()
-
-
-# ---- diffusers ----
-
-SIZES = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32)
-TASKS = {"t2v-A14B": dict(), "i2v-A14B": dict(in_channels=36), "ti2v-5B": dict(in_channels=48, out_channels=48)}
-
-
-def randomise(module, seed):
-    """Random values by the rules of fake_checkpoint.py, so that no norm or modulation is a plain 1 or 0."""
-    for name, parameter in module.named_parameters():
-        ending = name.replace("scale_shift_table", "modulation")
-        parameter.data = fake.random_tensor(ending, parameter.shape, torch.float32, seed=seed)
-    return module.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def library():
-    """The model classes of diffusers and transformers."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: its model classes are compared where it is")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    diffusers.utils.logging.disable_progress_bar()
-    return diffusers, transformers
-
-
-@pytest.fixture(scope="module", params=TASKS)
-def diffusers_folder(request, library, tmp_path_factory):
-    """A folder written by diffusers and transformers themselves, and the modules that are in it."""
-    (diffusers, transformers), task, folder = library, request.param, tmp_path_factory.mktemp("diffusers")
-    vae = dict(base_dim=8, num_res_blocks=1)
-    if task == "ti2v-5B":
-        released = fake.VAE22
-        vae |= dict(decoder_base_dim=12, z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
-                    latents_mean=list(released.mean), latents_std=list(released.std))
-    text = transformers.UMT5Config(vocab_size=200, d_model=48, d_kv=16, d_ff=96, num_layers=2, num_heads=3)
-    modules = {"transformer": diffusers.WanTransformer3DModel(**SIZES, **TASKS[task]), "vae": diffusers.AutoencoderKLWan(**vae),
-               "text_encoder": transformers.UMT5EncoderModel(text)}
-    if task != "ti2v-5B":
-        modules["transformer_2"] = diffusers.WanTransformer3DModel(**SIZES, **TASKS[task])
-    for name, module in modules.items():
-        randomise(module, name).save_pretrained(folder / name, max_shard_size="100KB" if name.startswith("transformer") else "1GB")
-    (folder / "tokenizer").mkdir()
-    fake.make_tokenizer(folder / "tokenizer" / "tokenizer.json")
-    (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.8 if "transformer_2" in modules else None}))
-    return task, folder, modules
-
-
-def gap(ours, theirs, what):
-    """Relative L2 difference, printed."""
-    assert ours.shape == theirs.shape
-    relative = float((ours - theirs).norm() / theirs.norm())
-    print(f"{what}: relative L2 difference {relative:.1e}, max {float((ours - theirs).abs().max()):.1e}")
-    return relative
-
-
-@torch.inference_mode()
-def test_diffusers(diffusers_folder):
-    """The same weights through their classes and ours, at 1e-5 (float32 sums in another order)."""
-    task, folder, modules = diffusers_folder
-    checkpoint = convert.open_checkpoint(folder)
-    assert (checkpoint.task, checkpoint.boundary) == (task, None if task == "ti2v-5B" else 0.8)
-    random = torch.Generator().manual_seed(1)
-    cfg = checkpoint.configs["denoiser"]
-    latents = torch.randn(1, cfg.in_dim, 3, 8, 6, generator=random)
-    text, t = torch.randn(1, 512, cfg.text_dim, generator=random), torch.tensor([612.0])
-    for theirs, name in zip(("transformer", "transformer_2"), checkpoint.experts):
-        net = checkpoint.load(name)
-        image = latents[:, cfg.out_dim:] if cfg.in_dim > cfg.out_dim else None
-        ours = net(latents[:, :cfg.out_dim], t, net.prepare((3, 8, 6), text, image=image))
-        assert gap(ours, modules[theirs](latents, t, text).sample, f"{task} {theirs}") < 1e-5
-    vae, cfg = checkpoint.load("vae"), checkpoint.configs["vae"]
-    video = torch.rand(1, 3, 9, 64, 96, generator=random) * 2 - 1
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (cfg.mean, cfg.std))
-    encoded = (modules["vae"].encode(video).latent_dist.mode() - mean) / std
-    assert gap(vae.encode(video), encoded, f"{task} vae encode") < 1e-5
-    assert gap(vae.decode(encoded), modules["vae"].decode(encoded * std + mean).sample, f"{task} vae decode") < 1e-5
-    ids = torch.randint(3, 200, (1, 37), generator=random)
-    assert gap(checkpoint.load("text")(ids), modules["text_encoder"](ids).last_hidden_state, f"{task} text encoder") < 1e-5
-
-
-def test_diffusers_refusals(diffusers_folder, tmp_path):
-    """Strict like the official layout: a missing file, a missing key, an unsupported setting."""
-    task, source, _ = diffusers_folder
-    folder = Path(shutil.copytree(source, tmp_path / "spoilt"))
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "other.safetensors")
-    refusal(folder, "vae/diffusion_pytorch_model.safetensors (vae)")
-    (folder / "vae" / "other.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    tensors = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    tensors.pop("decoder.conv_in.bias")
-    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    refusal(folder, "decoder.conv_in.bias is missing")
-    fields = json.loads((folder / "transformer" / "config.json").read_text())
-    (folder / "transformer" / "config.json").write_text(json.dumps(fields | {"image_dim": 1280}))
-    refusal(folder, "transformer/config.json", "image_dim = None", "got 1280")

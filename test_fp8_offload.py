@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import fp8
 import offload
-from convert_weights import Entry, open_safetensors
+from checkpoints import Entry, open_safetensors
 from fp8 import E4M3, FP8Linear, dequantize, layer_error, quantize, quantize_weight, quantized, relative_error, report, to_fp8, uses_fp8
 from model import Config, Denoiser, layer_norm, modulate
 from offload import HostLayers, Streamed, footprint, resident_blocks, split, stream

@@ -27,7 +27,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import convert_weights as convert
+import checkpoints
+import names
 from audio import align_to_fps, frame_columns, hidden_states, normalise, resample_50_to_30
 from model import expert_index
 from pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
@@ -96,15 +97,15 @@ def weight(seed, name, shape):
 
 def entries(module):
     """A module of a case as if it lay in a file: {official name: Entry}"""
-    return {name: convert.Entry(Path("golden"), tuple(shape), torch.float32, partial(weight, module["crc_name_prefix"] + name, name, shape))
+    return {name: checkpoints.Entry(Path("golden"), tuple(shape), torch.float32, partial(weight, module["crc_name_prefix"] + name, name, shape))
             for name, shape in module["state_dict"].items()}
 
 
 def network(module):
     """A module of a case -> our network with its weights, through the converter's tables."""
     tensors = entries(module)
-    kind, config, rules = convert.identify(module["class"].split(".")[-1], module["constructor"], tensors)
-    return convert.materialise(kind, config, convert.match(tensors, rules, kind, config, f"the {kind} of a reference case"))
+    kind, config, rules = names.identify(module["class"].split(".")[-1], module["constructor"], tensors)
+    return checkpoints.materialise(kind, config, checkpoints.match(tensors, rules, kind, config, f"the {kind} of a reference case"))
 
 
 def value(meta, name):
@@ -289,10 +290,10 @@ def pose_frames(meta, size, frames):
 def manifest(meta, golden):
     """Full size, no memory: every official name and shape has its place, and every place is filled."""
     tensors = entries(dict(meta, crc_name_prefix=""))
-    kind, config, rules = convert.identify(meta["model"], meta["constructor"], tensors)
-    found = convert.match(tensors, rules, kind, config, meta["model"])
-    shapes = convert.parameter_shapes(kind, config)
-    dropped = sum(math.prod(entry.shape) for name, entry in tensors.items() if convert.rename(name, rules) is None)
+    kind, config, rules = names.identify(meta["model"], meta["constructor"], tensors)
+    found = checkpoints.match(tensors, rules, kind, config, meta["model"])
+    shapes = checkpoints.parameter_shapes(kind, config)
+    dropped = sum(math.prod(entry.shape) for name, entry in tensors.items() if names.rename(name, rules) is None)
     yield "parameters", sum(math.prod(shape) for shape in shapes.values()) + dropped, meta["parameters"], 0
     yield "tensors without a place", len(shapes) - len(found), 0, 0
 
@@ -373,8 +374,8 @@ def run_video(meta, call, context, noise, modules, image=None, clean=None):
     nets = [network(meta["modules"][name]) for name in modules]
     text = [value(meta, name)[None] for name in context]
 
-    def prepare(net, positive):
-        return net.prepare(noise.shape[2:], text[0 if positive else 1], image=image, clean_frames=0 if clean is None else 1)
+    def arguments(positive):
+        return dict(shape=noise.shape[2:], text=text[0 if positive else 1], image=image, clean_frames=0 if clean is None else 1)
     names = ["denoiser_high", "denoiser_low"][:len(nets)]
     experts = Experts(names, call.get("boundary"), lambda name: nets[names.index(name)])
     solver, seen = make_solver(call["sample_solver"], call["sampling_steps"], call["shift"]), SimpleNamespace(velocities=[], latents=[])
@@ -386,7 +387,7 @@ def run_video(meta, call, context, noise, modules, image=None, clean=None):
         return seen.latents[-1]
     solver.step = watched
     scale = call["guide_scale"]
-    seen.final = denoise(experts, solver, noise, prepare, tuple(scale) if isinstance(scale, list) else (scale,), clean)
+    seen.final = denoise(experts, solver, noise, arguments, tuple(scale) if isinstance(scale, list) else (scale,), clean)
     return seen
 
 

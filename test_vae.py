@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vae import VAE, VAE22, VAEConfig, convolve, new_past
+from vae import VAE, VAE22, VAEConfig, convolve, cut_strips, new_past, peak_bytes, regroup
 
 TINY = {"wan2.1": VAEConfig(dim=8, dec_dim=8, num_res_blocks=1), "wan2.2": replace(VAE22, dim=8, dec_dim=8, num_res_blocks=1)}
 TOLERANCE = 1e-5   # float32 rounding through some 40 convolutions of values around 1; where it is exactly 0 depends on the CPU
@@ -44,6 +44,50 @@ def test_chunks_equal_one_pass(vae):
         gaps = gap(vae.encode(video, chunk), latents), gap(vae.decode(z, chunk), pixels)
         print(f"chunk {chunk}: encode, decode max |difference| {gaps}, tolerance {TOLERANCE}")
         assert max(gaps) <= TOLERANCE
+
+
+@pytest.mark.parametrize("H, W, tiles", [(2, 30, 2), (26, 1, 3)])
+def test_tiles_equal_one(vae, H, W, tiles):
+    """Longer than the halos, so that no strip sees all of the picture; cut across the longer side."""
+    _, s, _ = vae.stride
+    rng = torch.Generator().manual_seed(1)
+    video, z = torch.rand(1, 3, 9, H * s, W * s, generator=rng) * 2 - 1, torch.randn(1, vae.config.z_dim, 3, H, W, generator=rng)
+    latents, pixels = vae.encode(video), vae.decode(z)
+    assert pixels.abs().lt(1).float().mean() > 0.9                                # clamping does not hide a difference
+    for chunk in (1, 2):
+        gaps = gap(vae.encode(video, chunk, tiles), latents), gap(vae.decode(z, chunk, tiles), pixels)
+        print(f"{W} x {H} latents, {tiles} tiles, chunk {chunk}: encode, decode max |difference| {gaps}, tolerance {TOLERANCE}")
+        assert max(gaps) <= TOLERANCE
+    pieces = [p.shape[2] for p in vae.decode_stream(iter(z.split([2, 1], dim=2)), 1, tiles)]
+    assert pieces == [1, 4, 4] and sum(vae.encode_stream(iter([video]), 1, tiles)).isfinite().all()
+
+
+def test_halos_are_what_the_layers_see(vae):
+    """One pixel more has no influence on a strip, one less would be missed: by the gradients of a strip in the middle."""
+    W, cfg = 33, vae.config
+    strip = replace(cut_strips(1, W, 1)[0], start=16, stop=17)
+    x = torch.randn(1, 1, 1, W, cfg.dec_dim * cfg.dim_mult[-1], requires_grad=True)
+    vae.decoder.halos = [W * 2 ** i for i in range(len(cfg.dim_mult))]             # the whole picture
+    vae.decoder.local(x, new_past(vae.decoder.stages, vae.decoder.conv_out), strip).sum().backward()
+    seen = x.grad.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten()
+    assert (16 - seen[0], seen[-1] - 16) == (cfg.decoder_halos[0],) * 2
+    s, halo = vae.stride[1], cfg.encoder_halo
+    video, vae.encoder.halo = torch.randn(1, 1, s, W * s, 3, requires_grad=True), W
+    vae.encoder.local(video, new_past(vae.encoder.stages, vae.encoder.conv_in), strip).sum().backward()
+    seen = video.grad.abs().sum(dim=(0, 1, 2, 4)).nonzero().flatten()
+    assert 16 * s - seen[0] <= halo * s and (halo - 1) * s < seen[-1] + 1 - 17 * s <= halo * s
+
+
+def test_bfloat16(vae):
+    """Norms and softmax in float32, rounding to 8 bits in between: float32 out, and near the float32 result."""
+    video, z = inputs(vae, P=5)
+    latents, pixels = vae.encode(video), vae.decode(z)
+    vae.to(torch.bfloat16)
+    gaps = gap(vae.encode(video), latents), gap(vae.decode(z), pixels)
+    print(f"bfloat16: encode, decode max |difference| {gaps}")
+    assert max(gaps) < 0.1
+    huge = torch.full((1, 1, 2, 2, vae.config.dec_dim * 4), 1e20, dtype=torch.bfloat16)          # its square is no bfloat16 number
+    assert vae.decoder.middle.attention.norm(huge).float().sub(1).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("cuts", [[1] * 17, [2, 15], [7, 0, 1, 9]])
@@ -100,6 +144,9 @@ def test_bad_input(vae):
         vae.encode(video[:, :, :, 1:])
     with pytest.raises(ValueError, match="1 latent frame or more, got 0"):
         vae.decode(z, chunk=0)
+    for tiles in (0, 4):
+        with pytest.raises(ValueError, match=f"3 x 2 latents can be cut into 1 to 3 tiles, got {tiles}"):
+            vae.decode(z, tiles=tiles)
     with pytest.raises(ValueError, match="wants 8 .z_dim. values"):
         VAEConfig(z_dim=8)
     with pytest.raises(AssertionError, match="a stream starts with 1 frame, got 2"):
@@ -108,7 +155,8 @@ def test_bad_input(vae):
 
 def test_convolve_is_a_convolution():
     torch.manual_seed(0)
-    for layer, x in ((torch.nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 8, 6)), (torch.nn.Conv3d(4, 6, 3), torch.randn(1, 4, 3, 8, 6))):
+    for layer, x in ((torch.nn.Conv2d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 8, 6)),
+                     (torch.nn.Conv3d(4, 6, 3), torch.randn(1, 4, 3, 8, 6))):
         assert gap(convolve(x.movedim(1, -1), layer).movedim(-1, 1), layer(x)) <= TOLERANCE
 
 
@@ -151,10 +199,31 @@ def test_constant_memory(vae):
                "decode": lambda T: vae.decode_stream(torch.zeros(1, vae.config.z_dim, 1, 2, 2) for _ in range(T))}
     for name, stream in streams.items():
         peaks = []
-        for P in (17, 33, 81):
+        for P in (17, 49):
             with Memory() as memory:
                 for _ in stream(1 + (P - 1) // t):
                     pass
             peaks.append(memory.peak)
-        print(f"{name} of 17, 33, 81 frames: peak {peaks} bytes")
+        print(f"{name} of 17, 49 frames: peak {peaks} bytes")
         assert max(peaks) <= 1.05 * min(peaks)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("H, W, chunk, tiles", [(3, 5, 1, 1), (2, 4, 2, 1), (1, 30, 1, 3)])
+def test_peak_bytes(vae, decode, H, W, chunk, tiles):
+    """Against a count of what is alive; with tiles, of the network on its hungriest strip."""
+    cfg = replace(vae.config, dim=32, dec_dim=16)
+    vae, (_, s, _), rng = VAE(cfg), vae.stride, torch.Generator().manual_seed(1)
+    net = vae.decoder if decode else vae.encoder
+    z, video = torch.randn(1, cfg.z_dim, 1 + 2 * chunk, H, W, generator=rng), torch.zeros(1, 3, 1 + 8 * chunk, H * s, W * s)
+    with Memory() as memory, torch.no_grad():
+        if tiles == 1:
+            list(vae.decode_stream([z], chunk) if decode else vae.encode_stream([video], chunk))
+        else:
+            past = new_past(net)
+            for x in regroup([z if decode else video], chunk if decode else 4 * chunk):
+                x = net.whole(x, past) if decode else x.movedim(1, -1)
+                x = net.local(x, past, cut_strips(H, W, tiles)[tiles // 2])
+    expected = peak_bytes(cfg, decode, H * s, W * s, chunk, tiles, torch.float32)
+    print(f"{W} x {H} latents, chunk {chunk}, {tiles} tiles: {memory.peak} bytes, expected {expected}: {expected / memory.peak:.2f}")
+    assert 0.9 <= expected / memory.peak <= 1.2

@@ -8,12 +8,16 @@ back. A layer takes its entry from the front and puts the new one at the back, s
 One rule covers the start: a stream starts with a single frame, which finds None in the queue. For it convolutions see zeros in
 the past, and changes of the frame rate let it through as it is: one frame stays one frame, down and up.
 
+Only the attention of the middle block looks across the picture. All that works at a higher resolution, `local` in both networks,
+can therefore run on one strip of the picture after the other, with enough real pixels around each (a halo): less memory, same result.
+
 Axes    B batch   T latent frames   P pixel frames   H W latent size   C width   n h w frames, height, width where a layer works
 Source  Wan-Video/Wan2.2@42bf4cf wan/modules/vae2_1.py and vae2_2.py, cited below as "official 2.1 L535", "official 2.2 L336"
 """
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +53,31 @@ class VAEConfig:              # the released Wan2.1 VAE, 126.9 M parameters
         """Pixels per latent: (time, height, width)."""
         space = self.patch * 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal_downsample), space, space
+
+    @property
+    def decoder_halos(self):
+        """Pixels that a decoder stage must see around those wanted in the end, at the resolution it starts with: (13, 12, 10, 7).
+
+        Counted backwards: every 3x3 convolution looks one pixel further (conv_out, two per block, one behind each doubling), and
+        before a doubling of the picture there were half as many pixels, rounded up.
+        """
+        blocks = 2 * (self.num_res_blocks + 1)
+        halos = [1 + blocks]
+        for _ in self.temporal_downsample:
+            halos.insert(0, (halos[0] + 2) // 2 + blocks)
+        return tuple(halos)
+
+    @property
+    def encoder_halo(self):
+        """Latent pixels whose video an encoder must see around those wanted: 9, as 68 pixels of the full resolution are 8.5.
+
+        Counted backwards: two per block; twice as many before a halving, whose convolution looks one further to the right and
+        below only; one for conv_in. Whole latent pixels keep a strip's halvings in step with those of the picture.
+        """
+        halo = 2 * self.num_res_blocks
+        for _ in self.temporal_downsample:
+            halo = 2 * halo + 1 + 2 * self.num_res_blocks
+        return -(-(halo + 1) // 2 ** len(self.temporal_downsample))
 
 
 VAE22 = VAEConfig(            # the released Wan2.2 VAE, 704.7 M parameters
@@ -105,6 +134,33 @@ def repeat_up(x, y, t, s):
     return scatter(x.unflatten(4, (-1, t, s, s)))[:, -y.shape[1]:]
 
 
+@dataclass(frozen=True)
+class Strip:
+    """Latent rows or columns start..stop of all `size`."""
+    axis: int                 # 2 rows, 3 columns
+    start: int
+    stop: int
+    size: int
+
+    def span(self, scale, halo):
+        """First pixel and the one behind the last, at `scale` pixels per latent, with a halo where the picture goes on."""
+        return max(self.start * scale - halo, 0), min(self.stop * scale + halo, self.size * scale)
+
+    def cut(self, x, scale, have, want):
+        """x (B, n, h, w, C) with `have` pixels of halo -> with `want`, a view."""
+        (first, _), (start, stop) = self.span(scale, have), self.span(scale, want)
+        return x.narrow(self.axis, start - first, stop - start)
+
+
+def cut_strips(H, W, tiles):
+    """Strips across the longer side, as equal as can be."""
+    axis, size = (2, H) if H > W else (3, W)
+    if not 1 <= tiles <= size:
+        raise ValueError(f"{W} x {H} latents can be cut into 1 to {size} tiles, got {tiles}")
+    edges = [size * i // tiles for i in range(tiles + 1)]
+    return [Strip(axis, a, b, size) for a, b in zip(edges, edges[1:])]
+
+
 # ---- layers ----
 
 ONEDNN = torch.backends.mkldnn.is_available()   # the library behind PyTorch's fast convolutions on most CPUs
@@ -135,9 +191,9 @@ class CausalConv(nn.Conv3d):
         super().__init__(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x, past):
-        old = past.popleft()
-        assert old is not None or x.shape[1] == 1, f"a stream starts with 1 frame, got {x.shape[1]}"
-        x = F.pad(x, (0, 0, 0, 0, 0, 0, 2, 0)) if old is None else torch.cat([old, x], dim=1)   # (B, 2+n, h, w, C)
+        assert past[0] is not None or x.shape[1] == 1, f"a stream starts with 1 frame, got {x.shape[1]}"
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 2, 0)) if past[0] is None else torch.cat([past[0], x], dim=1)   # (B, 2+n, h, w, C)
+        past.popleft()
         past.append(x[:, self.stride[0] - 3:].clone())   # 2 frames, or 1 if every other is skipped; a view would keep all of x
         return convolve(x, self)
 
@@ -201,8 +257,8 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x, past):
-        y = self.conv1(F.silu(self.norm1(x), inplace=True), past)
-        y = self.conv2(F.silu(self.norm2(y), inplace=True), past)
+        y = self.norm2(self.conv1(F.silu(self.norm1(x), inplace=True), past))
+        y = self.conv2(F.silu(y, inplace=True), past)
         return y + (pointwise(x, self.shortcut) if self.shortcut else x)
 
 
@@ -259,7 +315,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-        self.patch = cfg.patch
+        self.patch, self.scale, self.halo = cfg.patch, cfg.stride[1], cfg.encoder_halo
         self.conv_in = CausalConv(3 * cfg.patch ** 2, widths[0])
         self.stages = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(zip(widths, widths[1:])):
@@ -273,13 +329,23 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv(c_out, 2 * cfg.z_dim)
         self.to_latent = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
 
-    def forward(self, x, past):
-        x = self.conv_in(patchify(x.movedim(1, -1), self.patch), past)            # (B, P, h, w, C)
+    def local(self, x, past, strip):
+        """Pixels (B, P, 8H, 8W, 3), wherever they are -> what the middle block takes of this strip, (B, T, H, W, C)."""
+        s, halo = self.scale, self.halo
+        x = strip.cut(x, s, s * strip.size, s * halo).to(self.conv_in.weight)     # (B, P, h, w, 3)
+        x = self.conv_in(patchify(x, self.patch), past)
         for stage in self.stages:
             x = stage(x, past)
+        return strip.cut(x, 1, halo, 0)
+
+    def whole(self, x, past):
         x = self.middle(x, past)                                                  # (B, T, H, W, C)
         x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)
         return pointwise(x, self.to_latent).movedim(-1, 1)
+
+    def forward(self, x, past):
+        x = x.movedim(1, -1)
+        return self.whole(self.local(x, past, *cut_strips(x.shape[2] // self.scale, x.shape[3] // self.scale, 1)), past)
 
 
 class Decoder(nn.Module):
@@ -288,7 +354,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         c_in = cfg.dec_dim * cfg.dim_mult[-1]
-        self.patch = cfg.patch
+        self.patch, self.scale, self.halos = cfg.patch, 1, cfg.decoder_halos
         self.from_latent = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
         self.conv_in = CausalConv(cfg.z_dim, c_in)
         self.middle = Middle(c_in)
@@ -305,20 +371,52 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(c_out, 1, 1, 1)
         self.conv_out = CausalConv(c_out, 3 * cfg.patch ** 2)
 
-    def forward(self, z, past):
+    def whole(self, z, past):
         x = self.conv_in(pointwise(z.movedim(1, -1), self.from_latent), past)     # (B, T, H, W, C)
-        x = self.middle(x, past)
-        for stage in self.stages:             # everything from here on is local in space
-            x = stage(x, past)
+        return self.middle(x, past)
+
+    def local(self, x, past, strip):
+        """What the middle block gave, (B, T, H, W, C), wherever it is -> pixels of this strip, (B, P, 8H, 8W, 3)."""
+        scale, have = 1, strip.size
+        for stage, want in zip(self.stages, self.halos):
+            x = stage(strip.cut(x, scale, have, want).to(self.conv_in.weight), past)
+            scale, have = (2 * scale, 2 * want) if stage.resample else (scale, want)
         x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)           # (B, P, h, w, 3*patch*patch)
-        return unpatchify(x, self.patch).movedim(-1, 1)
+        return strip.cut(unpatchify(x, self.patch), scale * self.patch, have * self.patch, 0)
+
+    def forward(self, z, past):
+        return self.local(self.whole(z, past), past, *cut_strips(*z.shape[3:], 1)).movedim(-1, 1)
 
 
 # ---- streams ----
 
-def new_past(net):
+def new_past(*nets):
     """The queue of a stream that has not begun: one None per layer that looks back in time."""
-    return deque(None for layer in net.modules() if isinstance(layer, CausalConv))
+    return deque(None for net in nets for layer in net.modules() if isinstance(layer, CausalConv))
+
+
+def in_strips(net, layers, pieces, tiles):
+    """Stream `pieces` (B, n, h, w, C) through net.local, whose `layers` look back in time.
+
+    The whole stream of one strip comes before the next strip, so that the past of one strip is all that is held. What waits for
+    its turn, all pieces and all that comes of them, waits in host memory.
+    """
+    def stream(pieces, strip):
+        past = new_past(*layers)
+        for x in pieces:
+            yield net.local(x, past, strip)
+
+    first = next(pieces, None)
+    if first is None:
+        return
+    strips, pieces = cut_strips(first.shape[2] // net.scale, first.shape[3] // net.scale, tiles), chain([first], pieces)
+    if tiles == 1:
+        yield from stream(pieces, *strips)
+        return
+    pieces = [x.cpu() for x in pieces]
+    done = [[x.cpu() for x in stream(pieces, strip)] for strip in strips]
+    for parts in zip(*done):
+        yield torch.cat(parts, dim=strips[0].axis)
 
 
 def regroup(pieces, size):
@@ -343,53 +441,68 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, video, chunk=2):
+    def encode(self, video, chunk=None, tiles=1):
         """Video to normalised latents: the mean of the latent distribution, nothing is drawn.
 
         video    (B, 3, P, h, w) float in [-1, 1]; P = 1 + 4n, h and w multiples of the stride (8, or 16 for Wan2.2)
-        chunk    latent frames computed together: changes memory and a little speed, not the result; 1 is as fast on a GPU
+        chunk    latent frames computed together: changes memory and a little speed, not the result; by default 1 on a GPU, 2 on a CPU
+        tiles    strips worked on one after the other: less memory, some more work, the same result within rounding
         returns  (B, z_dim, 1 + n, h/8, w/8) float32
         raises   ValueError for another frame count or size
         source   official 2.1 L516-542, L647, where the last (P - 1) % 4 frames are dropped in silence
         """
         self.check_frames(video.shape[2])     # the stream could only say so at its end
-        return torch.cat(list(self.encode_stream([video], chunk)), dim=2)
+        return torch.cat(list(self.encode_stream([video], chunk, tiles)), dim=2)
 
-    def decode(self, latents, chunk=2):
+    def decode(self, latents, chunk=None, tiles=1):
         """Normalised latents to video.
 
         latents  (B, z_dim, T, H, W)
-        chunk    as in encode
+        chunk    and tiles: as in encode
         returns  (B, 3, 1 + 4 (T-1), 8H, 8W) float32, clamped to [-1, 1] (16H, 16W for Wan2.2)
         source   official 2.1 L544-569, L657
         """
-        return torch.cat(list(self.decode_stream([latents], chunk)), dim=2)
+        return torch.cat(list(self.decode_stream([latents], chunk, tiles)), dim=2)
 
     @torch.no_grad()
-    def encode_stream(self, pieces, chunk=2):
+    def encode_stream(self, pieces, chunk=None, tiles=1):
         """encode() for one video that comes as an iterable of (B, 3, any, h, w) pieces: a generator of latents, in constant memory.
 
+        With more than one tile all pieces are read before the first latent comes, and wait in host memory; the device's stays constant.
         raises ValueError at once for a size that is no multiple of the stride, at the end if there were not 1 + 4n frames in all
         """
-        past, count = new_past(self.encoder), 0
-        mean, std, weight = *self.moments(), self.encoder.conv_in.weight
-        for x in regroup(pieces, self.stride[0] * chunk):
+        net, (mean, std) = self.encoder, self.moments()
+        past = new_past(net.middle, net.conv_out)
+        for x in in_strips(net, [net.conv_in, net.stages], self.checked(pieces, self.stride[0] * self.chunk(chunk)), tiles):
+            mu, _ = net.whole(x.to(mean.device), past).float().chunk(2, dim=1)
+            yield ((mu - mean) / std).contiguous()
+
+    @torch.no_grad()
+    def decode_stream(self, pieces, chunk=None, tiles=1):
+        """decode() for latents that come as an iterable of (B, z_dim, any, H, W) pieces: a generator of frames, in constant memory.
+
+        With more than one tile the whole video is decoded into host memory before its first frames come; the device's stays constant.
+        """
+        net, (mean, std) = self.decoder, self.moments()
+        past = new_past(net.conv_in, net.middle)
+        middle = (net.whole((z.to(mean) * std + mean).to(net.conv_in.weight), past) for z in regroup(pieces, self.chunk(chunk)))
+        for x in in_strips(net, [net.stages, net.conv_out], middle, tiles):
+            yield x.to(mean).clamp(-1, 1).movedim(-1, 1).contiguous()
+
+    def chunk(self, chunk):
+        """One latent frame fills a GPU at any size worth one."""
+        return chunk if chunk is not None else 1 if self.decoder.conv_in.weight.is_cuda else 2
+
+    def checked(self, pieces, size):
+        """Video pieces cut anew, (B, n, h, w, 3) each."""
+        count = 0
+        for x in regroup(pieces, size):
             count += x.shape[2]
             self.check_frames(count)
             if x.shape[3] % self.stride[1] or x.shape[4] % self.stride[2]:
                 raise ValueError(f"vae.encode takes height and width in multiples of {self.stride[1]}, got {x.shape[3]} x {x.shape[4]}: "
                                  f"crop or resize the video")
-            mu, _ = self.encoder(x.to(weight), past).float().chunk(2, dim=1)
-            yield ((mu - mean) / std).contiguous()
-
-    @torch.no_grad()
-    def decode_stream(self, pieces, chunk=2):
-        """decode() for latents that come as an iterable of (B, z_dim, any, H, W) pieces: a generator of frames, in constant memory."""
-        past = new_past(self.decoder)
-        mean, std, weight = *self.moments(), self.decoder.conv_in.weight
-        for z in regroup(pieces, chunk):
-            z = z.to(mean) * std + mean
-            yield self.decoder(z.to(weight), past).float().clamp(-1, 1).contiguous()
+            yield x.movedim(1, -1)
 
     def moments(self):
         """Mean and deviation of the raw latents, (1, z_dim, 1, 1, 1) float32 each, where the weights are."""
@@ -401,3 +514,33 @@ class VAE(nn.Module):
         if P < 1 or (P - 1) % t:
             lo = max(P - (P - 1) % t, 1)
             raise ValueError(f"vae.encode takes 1 + {t}n frames, got {P}: trim to {lo} or pad to {lo + t}")
+
+
+def peak_bytes(config, decode, height, width, chunk=1, tiles=1, dtype=torch.bfloat16):
+    """About the most bytes that decode_stream (or encode_stream) holds on the device for one height x width video.
+
+    Not counted: the weights, what the caller holds and the work space of convolution kernels. Held throughout: two frames in front of
+    each causal convolution. For a moment: what the hungriest residual block, or doubling of the picture, works on.
+    """
+    with torch.device("meta"):
+        net = VAE(config).decoder if decode else VAE(config).encoder
+    H, W = height // config.stride[1], width // config.stride[2]
+    strips, full = cut_strips(H, W, tiles), 2 ** len(config.temporal_downsample)
+    n, scale, halos = chunk, 1, config.decoder_halos
+    if not decode:
+        n, scale, halos = chunk * config.stride[0], full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
+    held, live = 10 * H * W * net.middle.block1.conv1.in_channels, []             # the five convolutions that see all of the picture
+    for stage, halo in zip(net.stages, halos):
+        longest = max(stop - start for start, stop in (strip.span(scale, halo) for strip in strips))
+        pixels = min(H, W) * scale * longest
+        c_in, C, time = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels, getattr(stage.resample, "time", None)
+        looking_back = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
+        looking_back += [net.conv_out if decode else net.conv_in] if scale == full else []
+        held += 2 * pixels * sum(layer.in_channels for layer in looking_back)
+        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # the stage's input; a block's, normed, with its past, output
+        if decode and stage.resample:
+            n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
+            live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
+        elif stage.resample:
+            n, scale = n // (2 if time else 1), scale // 2
+    return (held + max(live)) * dtype.itemsize

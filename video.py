@@ -31,7 +31,8 @@ QUALITY = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "10"]      # the of
 # Tagged BT.709, so that players show the colours that went in; untagged files (the official ones) are guessed at by size.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p," \
          "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
-CONTAINER = ["-map_metadata", "-1", "-fflags", "+bitexact", "-movflags", "+faststart", "-f", "mp4"]      # no dates: same input, same bytes
+SAMPLE_TIME = "asetpts=N/SR/TB"      # count from the first sample on, as the audio encoder does, whatever timestamps the file has
+CONTAINER = ["-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4"]      # no names, places or dates from the sound file
 
 
 # ---- ffmpeg
@@ -110,7 +111,8 @@ def probe(path, count=True):
 
 def _progress(path, kind, key):
     """Decode the first video ("v") or audio ("a") stream to nowhere -> the last value of one field of ffmpeg's progress report."""
-    report = run(*source(path), "-map", f"0:{kind}:0", "-fps_mode", "passthrough", "-f", "null", "-progress", "pipe:1", "-nostats", "-")
+    how = ["-fps_mode", "passthrough"] if kind == "v" else ["-af", SAMPLE_TIME]
+    report = run(*source(path), "-map", f"0:{kind}:0", *how, "-f", "null", "-progress", "pipe:1", "-nostats", "-")
     found = re.findall(rf"^{key}=(\d+)", report, re.MULTILINE)
     return int(found[-1]) if found else 0
 
@@ -150,9 +152,9 @@ def add_sound(video, sound, seconds, target):
     """Write `target`: the picture of `video` (copied), `seconds` long, and `sound`: copied if nothing has to be cut, otherwise as AAC."""
     if sound.as_is and sound.end < seconds + 1e-3:
         codec = ["-c:a", "copy"]
-    else:      # times count samples from the first one on, as the audio encoder does, whatever timestamps the file has
+    else:
         end = sound.start + min(sound.seconds, seconds - sound.delay)
-        codec = ["-c:a", "aac", "-b:a", "192k", "-af", f"asetpts=N/SR/TB,atrim=start={sound.start:.6f}:end={end:.6f},asetpts=N/SR/TB,"
+        codec = ["-c:a", "aac", "-b:a", "192k", "-af", f"{SAMPLE_TIME},atrim=start={sound.start:.6f}:end={end:.6f},{SAMPLE_TIME},"
                  f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts=mono|stereo"]      # 7.1 AAC plays almost nowhere
     run("-y", "-i", video, *source(sound.path), "-map", "0:v:0", "-map", "1:a:0", "-c:v", "copy", *codec, *CONTAINER, target)
 

@@ -15,18 +15,20 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from audio import RATE, audio_features, frame_columns, load_audio
-from convert_weights import open_checkpoint
-from model import MOTION_BUCKETS, PATCH
+from checkpoints import open_checkpoint
+from machine import Fit, Machine, device_limit, estimate_seconds, fit
+from model import MOTION_BUCKETS, PATCH, compile_blocks
 from pictures import fit_picture, load_image, s2v_size
 from sampling import Experts, denoise
 from solver import SOLVERS, make_solver
 from text import Tokenizer, encode_prompt
-from video import VideoWriter, load_pose
+from video import VideoWriter, load_pose, probe
 
 FPS = 16
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
@@ -45,7 +47,7 @@ class Options:
     size: tuple[int, int] | None = None   # (width, height): with a picture, their product is a budget and the picture's shape is kept
     steps: int | None = None
     shift: float | None = None
-    guidance: float | tuple[float, ...] | None = None   # one value, or (low noise, high noise) experts
+    guidance: float | tuple[float, ...] | None = None   # one value, or (low noise, high noise)
     solver: str | None = None
     seed: int = 42                        # of clip 0; clip r has seed + r
     frames: int | None = None             # of the whole video, at most
@@ -90,6 +92,9 @@ class Plan:
     latent_shape: tuple[int, int, int]   # T, H, W of one clip
     tokens: tuple[int, int]      # of the first clip, of a later one
     weights: dict[str, float]    # component -> GiB
+    fit: Fit                     # how it will be run
+    seconds: float               # of denoising, by a probe
+    fps: float = FPS
 
     @property
     def frames(self):
@@ -109,6 +114,8 @@ class Plan:
             f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
             f"tokens   {self.tokens[0]:,} in the first clip, {self.tokens[1]:,} in a later one",
             f"weights  {size_table(self.weights)}",
+            str(self.fit),
+            f"time     about {timedelta(seconds=round(self.seconds))} of denoising",
         ))
 
 
@@ -132,20 +139,21 @@ class Stages:
 
 @dataclass(frozen=True)
 class Video:
-    """A finished video.  frames (3, P, height, width) float32 in [-1, 1]"""
+    """A finished video.  frames (3, P, height, width) float32 in [-1, 1], plan as it was made from"""
     frames: torch.Tensor
-    fps: float
-    options: Options
+    plan: object
 
     def save(self, path, av_offset=0):
         """Write an mp4 with the sound, or PNG frames if path ends in "/"."""
-        with open_writer(path, self.frames.shape[2:], self.options, av_offset) as writer:
+        with open_writer(path, self.plan, av_offset) as writer:
             writer.write(self.frames)
         return path
 
 
-def open_writer(path, size, options, av_offset=0):
-    return VideoWriter(path, size, FPS, audio=options.audio, start=options.start, duration=options.duration, av_offset=av_offset)
+def open_writer(path, plan, av_offset=0):
+    """A VideoWriter for what a plan will make, with the sound if there is any."""
+    o = plan.options
+    return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
 
 
 def token_counts(latent_shape):
@@ -158,20 +166,20 @@ def token_counts(latent_shape):
 class WanS2VPipeline:
     """Picture + sound -> video. See `__call__`; `generate` gives the frames clip by clip."""
 
-    def __init__(self, checkpoint, device, dtype):
+    def __init__(self, checkpoint, machine, vram=None):
         if not checkpoint.configs["denoiser"].audio_dim:
             raise ValueError(f"a speech-to-video checkpoint is wanted, got {checkpoint.task}, which has no audio layers")
-        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.checkpoint, self.machine, self.limit = checkpoint, machine, device_limit(machine.device, vram)
 
     @classmethod
     def from_pretrained(cls, path, torch_dtype=None, device_map="auto"):
         """path        folder in the official or converted layout, or a hub id that huggingface_hub can find
         torch_dtype    of the large linear layers on a GPU: bfloat16 (default) or float32; float16 runs as bfloat16; a CPU runs float32
-        device_map     "auto" (a GPU if there is one), or a device
+        device_map     "auto" (a GPU if there is one), or a device; what stays on it and what is streamed follows from its free memory
         raises         ValueError naming what is missing or wrong
         """
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_map in (None, "auto") else device_map)
-        return cls(open_checkpoint(local_folder(path)), device, run_dtype(torch_dtype, device))
+        return cls(open_checkpoint(local_folder(path)), Machine(device, run_dtype(torch_dtype, device)))
 
     # ------------------------------------------------------------------------------------------------------------- stages
 
@@ -182,8 +190,9 @@ class WanS2VPipeline:
         for name in ("audio", "image"):
             if getattr(options, name) is None:
                 raise ValueError(f"{self.checkpoint.task} needs an {name}: give a file")
-        sound = load_audio(options.audio, options.start, options.duration)
-        picture = load_image(options.image)
+        sound, picture = load_audio(options.audio, options.start, options.duration), load_image(options.image)
+        if options.pose_video and probe(options.pose_video, count=False).video_codec is None:
+            raise ValueError(f"{options.pose_video} holds no picture: wanted a pose video")
         stride = vae.stride
         height, width = s2v_size(picture.height, picture.width, options.size[0] * options.size[1], step=8 * stride[1])
         columns = self.checkpoint.configs["audio"].columns(len(sound))                       # 50 a second
@@ -192,12 +201,16 @@ class WanS2VPipeline:
         clips = min(options.clips or needed, needed)
         if options.frames:
             clips = min(clips, -(-(options.frames + (0 if options.start_from_ref else WARM_UP)) // options.clip_frames))
-        return Plan(options, sound, height, width, clips, shape, token_counts(shape), self.checkpoint.sizes())
+        tokens, cfg, video = token_counts(shape), self.checkpoint.configs["denoiser"], shape[0] * shape[1] * shape[2] // 4
+        room = fit(self.checkpoint, shape, tokens[clips > 1 or options.start_from_ref], self.machine, self.limit)
+        forwards = clips * options.steps * (2 if max(options.guidance) > 1 else 1)
+        seconds = estimate_seconds(cfg, room.machine, tokens[clips > 1], video, forwards)
+        return Plan(options, sound, height, width, clips, shape, tokens, self.checkpoint.sizes(), room, seconds)
 
     def encode_audio(self, plan):
         """The plan's sound -> wav2vec2 states (1, states, audio_dim, columns), one column per pixel frame of all clips"""
-        encoder = self.checkpoint.load("audio", self.device, torch.float32)
-        features, _ = audio_features(encoder, plan.sound, FPS, plan.options.clip_frames)
+        encoder = self.checkpoint.load("audio", self.machine.device, torch.float32)
+        features, _ = audio_features(encoder, plan.sound.to(self.machine.device), FPS, plan.options.clip_frames)
         return features[None]
 
     def encode_pose(self, vae, plan, clip):
@@ -205,7 +218,7 @@ class WanS2VPipeline:
         if plan.options.pose_video is None:
             return None
         n = plan.options.clip_frames
-        pose = load_pose(plan.options.pose_video, n, (plan.height, plan.width), FPS, first=clip * n).to(self.device)[None]
+        pose = load_pose(plan.options.pose_video, n, (plan.height, plan.width), FPS, first=clip * n).to(self.machine.device)[None]
         return vae.encode(torch.cat([pose[:, :, :1], pose], dim=2))[:, :, 1:]                # frame 0 twice, its latent dropped
 
     # --------------------------------------------------------------------------------------------------------------- clips
@@ -218,17 +231,17 @@ class WanS2VPipeline:
         progress  wraps the list of steps of clip number `clip`
         yields    (3, P, height, width) float32 in [-1, 1] on the CPU
         """
-        stage, o = stage or Stages(), plan.options
+        stage, o, machine = stage or Stages(), plan.options, plan.fit.machine
         with stage("text"):
-            text, negative = encode_text(self.checkpoint, (o.prompt, o.negative_prompt), self.device, self.dtype)
+            text, negative = encode_text(self.checkpoint, (o.prompt, o.negative_prompt), machine)
         with stage("audio"):
             audio = self.encode_audio(plan)
         with stage("picture"):
-            vae = self.checkpoint.load("vae", self.device, torch.float32)
-            picture = fit_picture(load_image(o.image), (plan.height, plan.width)).to(self.device)[None, :, None]
-        shape, experts = (1, vae.config.z_dim, *plan.latent_shape), load_experts(self.checkpoint, self.device, self.dtype)
+            vae = load_vae(self.checkpoint, machine)
+            picture = fit_picture(load_image(o.image), (plan.height, plan.width)).to(machine.device)[None, :, None]
+        shape, experts = (1, vae.config.z_dim, *plan.latent_shape), load_experts(self.checkpoint, machine)
         inputs = ClipInputs(text, negative, audio, picture, pose=lambda clip: self.encode_pose(vae, plan, clip),
-                            noise=lambda clip: draw_noise(shape, o.seed + clip, self.device, self.dtype))  # bf16 noise as official L571
+                            noise=lambda clip: draw_noise(shape, o.seed + clip, machine.device, machine.dtype))  # bf16 noise as official L571
         left = plan.frames
         for frames in make_clips(inputs, vae, experts, o, plan.clips, stage, progress):
             yield frames[0, :, :left].float().cpu()
@@ -250,7 +263,7 @@ class WanS2VPipeline:
         raises                   ValueError for files or values that cannot be used
         """
         if use_fp16:
-            run_dtype(torch.float16, self.device)
+            run_dtype(torch.float16, self.machine.device)
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if generator is not None:
@@ -258,7 +271,7 @@ class WanS2VPipeline:
         size = None if height is None else (width, height)
         plan = self.plan(Options(audio_path, image_path, prompt, negative_prompt, size, num_inference_steps, guidance=guidance_scale,
                                  frames=num_frames, **options))
-        return Video(torch.cat(list(self.generate(plan)), dim=1), FPS, plan.options)
+        return Video(torch.cat(list(self.generate(plan)), dim=1), plan)
 
 
 # ------------------------------------------------------------------------------------------------------------- the clip loop
@@ -297,13 +310,13 @@ def make_clips(inputs, vae, experts, options, clips, stage, progress):
         pose, audio = inputs.pose(clip), inputs.audio[..., clip * n:(clip + 1) * n]
         noise = inputs.noise(clip)
 
-        def prepare(net, positive):
+        def arguments(positive):
             text, heard = (inputs.text, audio) if positive else (inputs.negative, 0 * audio)
-            return net.prepare(noise.shape[2:], text, heard, ref, None if first else motion, pose)
+            return dict(shape=noise.shape[2:], text=text, audio=heard, ref=ref, motion=None if first else motion, pose=pose)
 
         with stage("denoise"):
             solver = make_solver(o.solver, o.steps, o.shift)
-            latents = denoise(experts, solver, noise, prepare, o.guidance, progress=lambda steps: progress(clip, steps))
+            latents = denoise(experts, solver, noise, arguments, o.guidance, progress=lambda steps: progress(clip, steps))
         with stage("decode"):
             frames = decode_behind(vae, ref if first else motion, latents, n)[:, :, WARM_UP if first else 0:]
         yield frames
@@ -320,16 +333,27 @@ def size_table(sizes):
     return ", ".join(f"{name} {gib:.1f} GiB" if gib >= 1 else f"{name} {1024 * gib:.1f} MiB" for name, gib in sizes.items())
 
 
-def encode_text(checkpoint, prompts, device, dtype):
+def encode_text(checkpoint, prompts, machine):
     """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""
-    encoder = checkpoint.load("text", device, dtype)
+    encoder = checkpoint.load("text", machine.device, machine.dtype, resident=machine.text_resident)
     tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len)
     return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
 
 
-def load_experts(checkpoint, device, dtype):
+def load_experts(checkpoint, machine):
     """The denoisers, each loaded when its steps come."""
-    return Experts(checkpoint.experts, checkpoint.boundary, lambda name: checkpoint.load(name, device, dtype), keep=device.type == "cpu")
+    def load(name):
+        net = checkpoint.load(name, machine.device, machine.dtype, machine.quantize, machine.resident)
+        if machine.compiled:
+            compile_blocks(net)
+        return net
+    return Experts(checkpoint.experts, checkpoint.boundary, load, machine.device.type == "cpu", machine.span, machine.one_loop, machine.host_layers)
+
+
+def load_vae(checkpoint, machine):
+    vae = checkpoint.load("vae", machine.device, machine.vae_dtype)
+    vae.tiles = machine.tiles
+    return vae
 
 
 def draw_noise(shape, seed, device, dtype):

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from machine import Fit, device_limit, fit
 from model import PATCH
 from pictures import fit_i2v, fit_ti2v, i2v_size, load_image, ti2v_size
 from sampling import denoise
 from solver import make_solver
-from wan_s2v import Options, Stages, draw_noise, encode_text, load_experts, size_table
+from wan_s2v import Options, Stages, draw_noise, encode_text, load_experts, load_vae, size_table
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class VideoPlan:
     width: int
     latent_shape: tuple[int, int, int]   # T, H, W
     weights: dict[str, float]    # component -> GiB
+    fit: Fit
     clips: int = 1
 
     @property
@@ -43,6 +45,7 @@ class VideoPlan:
             f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
             f"tokens   {T * (H // PATCH[1]) * (W // PATCH[2]):,}",
             f"weights  {size_table(self.weights)}",
+            str(self.fit),
         ))
 
 
@@ -61,10 +64,10 @@ def image_condition(vae, picture, frames):
 class WanVideoPipeline:
     """T2V, I2V or TI2V, whichever the checkpoint is. `plan`, then `generate`."""
 
-    def __init__(self, checkpoint, device, dtype):
+    def __init__(self, checkpoint, machine, vram=None):
         if checkpoint.configs["denoiser"].audio_dim:
             raise ValueError(f"{checkpoint.task} needs a sound: use WanS2VPipeline")
-        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.checkpoint, self.machine, self.limit = checkpoint, machine, device_limit(machine.device, vram)
 
     def plan(self, options):
         """Options -> VideoPlan. Reads the picture's size, no weights.  raises ValueError for inputs that the task cannot use"""
@@ -84,7 +87,8 @@ class WanVideoPipeline:
                              f"take {options.frames - (options.frames - 1) % vae.stride[0]}")
         height, width = self.size(options, kind, vae.stride[1])
         shape = (1 + (options.frames - 1) // vae.stride[0], height // vae.stride[1], width // vae.stride[2])
-        return VideoPlan(options, task, sampling["fps"], height, width, shape, self.checkpoint.sizes())
+        room = fit(self.checkpoint, shape, shape[0] * (shape[1] // PATCH[1]) * (shape[2] // PATCH[2]), self.machine, self.limit)
+        return VideoPlan(options, task, sampling["fps"], height, width, shape, self.checkpoint.sizes(), room)
 
     def size(self, options, kind, stride):
         """(height, width): the picture's shape within the pixel budget, or without a picture exactly what was asked for."""
@@ -100,27 +104,27 @@ class WanVideoPipeline:
     @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
         """Make the video; yields (3, P, height, width) float32 in [-1, 1] on the CPU, a few frames at a time. Arguments as in WanS2VPipeline."""
-        stage, o, checkpoint = stage or Stages(), plan.options, self.checkpoint
+        stage, o, checkpoint, machine = stage or Stages(), plan.options, self.checkpoint, plan.fit.machine
         with stage("text"):
-            text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), self.device, self.dtype)
+            text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), machine)
         image = clean = None
-        vae = checkpoint.load("vae", self.device, torch.float32)
+        vae = load_vae(checkpoint, machine)
         if o.image:
             with stage("picture"):
                 fit = fit_i2v if checkpoint.configs["denoiser"].in_dim > vae.config.z_dim else fit_ti2v
-                picture = fit(load_image(o.image), (plan.height, plan.width)).to(self.device)[None, :, None]
+                picture = fit(load_image(o.image), (plan.height, plan.width)).to(machine.device)[None, :, None]
                 if fit is fit_i2v:
                     image = image_condition(vae, picture, o.frames)
                 else:
                     clean = vae.encode(picture)
 
-        def prepare(net, positive):
-            return net.prepare(plan.latent_shape, text if positive else negative, image=image, clean_frames=0 if clean is None else 1)
+        def arguments(positive):
+            return dict(shape=plan.latent_shape, text=text if positive else negative, image=image, clean_frames=0 if clean is None else 1)
 
         with stage("denoise"):
-            noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, self.device, torch.float32)
+            noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, machine.device, torch.float32)
             solver = make_solver(o.solver, o.steps, o.shift)
-            latents = denoise(load_experts(checkpoint, self.device, self.dtype), solver, noise, prepare, o.guidance, clean,
+            latents = denoise(load_experts(checkpoint, machine), solver, noise, arguments, o.guidance, clean,
                               progress=lambda steps: progress(0, steps))
         with stage("decode"):
             for frames in vae.decode_stream([latents]):

@@ -1,0 +1,445 @@
+"""What other layouts call things: tensors, and fields of config.json. The only file that knows foreign names.
+
+A component (denoiser, vae, text, audio) is described by one table, their name -> our name. What a file holds is told by its keys.
+
+Source  Wan-Video/Wan2.2@42bf4cf wan/configs/*.py and each from_pretrained; huggingface/diffusers WanTransformer3DModel, AutoencoderKLWan
+"""
+import dataclasses
+import json
+import math
+import re
+import sys
+from functools import cache
+
+import audio
+import model
+import text
+import vae
+
+# ---------------------------------------------------------------------------------------------------------------- name tables
+# (their name, our name): `#` is a number, `*` anything, in the same order on both sides; what stands in [] may be absent.
+# None: known and not needed. The first match wins, in both directions, so special cases stand above general ones.
+
+DENOISER = [
+    ("patch_embedding.*", "patch.*"),
+    ("text_embedding.*", "text.*"),
+    ("time_embedding.*", "time.*"),
+    ("time_projection.1.*", "time_mod.*"),
+    ("blocks.#.norm3.*", "blocks.#.cross_norm.*"),
+    ("blocks.#.*", "blocks.#.*"),
+    ("head.modulation", "head.modulation"),
+    ("head.head.*", "head.linear.*"),
+    ("cond_encoder.*", "pose.*"),
+    ("trainable_cond_mask.weight", "token_kind.weight"),
+    ("frame_packer.proj.*", "motion.near.*"),
+    ("frame_packer.proj_2x.*", "motion.mid.*"),
+    ("frame_packer.proj_4x.*", "motion.far.*"),
+    ("casual_audio_encoder.weights", "audio.mix"),
+    ("casual_audio_encoder.encoder.padding_tokens", "audio.pad_token"),
+    ("casual_audio_encoder.encoder.final_linear.*", "audio.out.*"),
+    ("casual_audio_encoder.encoder.conv1_*.conv.*", "audio.conv_*.*"),
+    ("casual_audio_encoder.encoder.conv#.conv.*", "audio.conv#.*"),
+]
+DENOISER_DIFFUSERS = [
+    ("patch_embedding.*", "patch.*"),
+    ("condition_embedder.text_embedder.linear_1.*", "text.0.*"),
+    ("condition_embedder.text_embedder.linear_2.*", "text.2.*"),
+    ("condition_embedder.time_embedder.linear_1.*", "time.0.*"),
+    ("condition_embedder.time_embedder.linear_2.*", "time.2.*"),
+    ("condition_embedder.time_proj.*", "time_mod.*"),
+    ("blocks.#.scale_shift_table", "blocks.#.modulation"),
+    ("blocks.#.norm2.*", "blocks.#.cross_norm.*"),
+    ("blocks.#.attn1.to_out.0.*", "blocks.#.self_attn.o.*"),
+    ("blocks.#.attn1.norm_*", "blocks.#.self_attn.norm_*"),
+    ("blocks.#.attn1.to_*.*", "blocks.#.self_attn.*.*"),
+    ("blocks.#.attn2.to_out.0.*", "blocks.#.cross_attn.o.*"),
+    ("blocks.#.attn2.norm_*", "blocks.#.cross_attn.norm_*"),
+    ("blocks.#.attn2.to_*.*", "blocks.#.cross_attn.*.*"),
+    ("blocks.#.ffn.net.0.proj.*", "blocks.#.ffn.0.*"),
+    ("blocks.#.ffn.net.2.*", "blocks.#.ffn.2.*"),
+    ("scale_shift_table", "head.modulation"),
+    ("proj_out.*", "head.linear.*"),
+]
+VAE = [
+    ("conv1.*", "encoder.to_latent.*"),
+    ("conv2.*", "decoder.from_latent.*"),
+    ("*.conv1.*", "*.conv_in.*"),
+    ("*.head.0.gamma", "*.norm_out.gamma"),
+    ("*.head.2.*", "*.conv_out.*"),
+    ("*.middle.1.to_qkv.*", "*.middle.attention.qkv.*"),
+    ("*.middle.1.*", "*.middle.attention.*"),
+]
+VAE_BLOCK = [
+    ("residual.0.gamma", "norm1.gamma"),
+    ("residual.2.*", "conv1.*"),
+    ("residual.3.gamma", "norm2.gamma"),
+    ("residual.6.*", "conv2.*"),
+    ("shortcut.*", "shortcut.*"),
+]
+VAE_RESAMPLE = [
+    ("resample.1.*", "space.*"),
+    ("time_conv.*", "time.*"),
+]
+VAE_DIFFUSERS = [
+    ("quant_conv.*", "encoder.to_latent.*"),
+    ("post_quant_conv.*", "decoder.from_latent.*"),
+    ("*.conv_in.*", "*.conv_in.*"),
+    ("*.norm_out.gamma", "*.norm_out.gamma"),
+    ("*.conv_out.*", "*.conv_out.*"),
+    ("*.mid_block.attentions.0.to_qkv.*", "*.middle.attention.qkv.*"),
+    ("*.mid_block.attentions.0.*", "*.middle.attention.*"),
+]
+VAE_BLOCK_DIFFUSERS = [
+    ("norm#.gamma", "norm#.gamma"),
+    ("conv#.*", "conv#.*"),
+    ("conv_shortcut.*", "shortcut.*"),
+]
+TEXT = [
+    ("token_embedding.weight", "embed.weight"),
+    ("blocks.#.pos_embedding.embedding.weight", "blocks.#.attn.position.weight"),
+    ("blocks.#.ffn.gate.0.weight", "blocks.#.ffn.gate.weight"),
+    ("blocks.#.ffn.fc1.weight", "blocks.#.ffn.up.weight"),
+    ("blocks.#.ffn.fc2.weight", "blocks.#.ffn.down.weight"),
+    ("blocks.#.*", "blocks.#.*"),
+    ("norm.weight", "norm.weight"),
+]
+TEXT_DIFFUSERS = [
+    ("shared.weight", "embed.weight"),
+    ("encoder.embed_tokens.weight", None),          # the same tensor again, written by some versions of transformers
+    ("spiece_model", None),                         # ComfyUI keeps the tokenizer in the file; ours is tokenizer.json
+    ("encoder.block.#.layer.0.SelfAttention.relative_attention_bias.weight", "blocks.#.attn.position.weight"),
+    ("encoder.block.#.layer.0.SelfAttention.*", "blocks.#.attn.*"),
+    ("encoder.block.#.layer.0.layer_norm.weight", "blocks.#.norm1.weight"),
+    ("encoder.block.#.layer.1.layer_norm.weight", "blocks.#.norm2.weight"),
+    ("encoder.block.#.layer.1.DenseReluDense.wi_0.weight", "blocks.#.ffn.gate.weight"),
+    ("encoder.block.#.layer.1.DenseReluDense.wi_1.weight", "blocks.#.ffn.up.weight"),
+    ("encoder.block.#.layer.1.DenseReluDense.wo.weight", "blocks.#.ffn.down.weight"),
+    ("encoder.final_layer_norm.weight", "norm.weight"),
+]
+AUDIO = [
+    ("lm_head.*", None),                            # letters, for speech recognition
+    ("[wav2vec2.]masked_spec_embed", None),         # training only
+    ("[wav2vec2.]feature_extractor.conv_layers.#.conv.*", "conv.#.conv.*"),
+    ("[wav2vec2.]feature_extractor.conv_layers.#.layer_norm.*", "conv.#.norm.*"),
+    ("[wav2vec2.]feature_projection.layer_norm.*", "norm_in.*"),
+    ("[wav2vec2.]feature_projection.projection.*", "project.*"),
+    ("[wav2vec2.]encoder.pos_conv_embed.conv.bias", "pos_conv.bias"),
+    ("[wav2vec2.]encoder.pos_conv_embed.conv.weight_g", "pos_conv.g"),
+    ("[wav2vec2.]encoder.pos_conv_embed.conv.weight_v", "pos_conv.v"),
+    ("[wav2vec2.]encoder.pos_conv_embed.conv.parametrizations.weight.original0", "pos_conv.g"),
+    ("[wav2vec2.]encoder.pos_conv_embed.conv.parametrizations.weight.original1", "pos_conv.v"),
+    ("[wav2vec2.]encoder.layer_norm.*", "norm.*"),
+    ("[wav2vec2.]encoder.layers.#.attention.out_proj.*", "blocks.#.o.*"),
+    ("[wav2vec2.]encoder.layers.#.layer_norm.*", "blocks.#.norm1.*"),
+    ("[wav2vec2.]encoder.layers.#.final_layer_norm.*", "blocks.#.norm2.*"),
+    ("[wav2vec2.]encoder.layers.#.feed_forward.intermediate_dense.*", "blocks.#.ffn.0.*"),
+    ("[wav2vec2.]encoder.layers.#.feed_forward.output_dense.*", "blocks.#.ffn.2.*"),
+    ("[wav2vec2.]encoder.layers.#.attention.*_proj.*", "blocks.#.*.*"),
+]
+
+
+def injector_rules(config):
+    """Audio attention number j follows block audio_layers[j] and lives in that block here."""
+    rules = []
+    for j, layer in enumerate(config.audio_layers):
+        rules.append((f"audio_injector.injector_adain_layers.{j}.linear.*", f"blocks.{layer}.inject.adain.*"))
+        rules.append((f"audio_injector.injector.{j}.*", f"blocks.{layer}.inject.*"))
+    return rules
+
+
+def official_rules(kind, config):
+    """The name table of an official component."""
+    if kind == "denoiser":
+        return injector_rules(config) + DENOISER
+    return vae_rules(config) if kind == "vae" else {"text": TEXT, "audio": AUDIO}[kind]
+
+
+def diffusers_rules(kind, config):
+    """The name table of a component as diffusers or transformers stores it."""
+    return vae_rules(config, diffusers=True) if kind == "vae" else {"denoiser": DENOISER_DIFFUSERS, "text": TEXT_DIFFUSERS}[kind]
+
+
+def vae_place(config, net, stage, j):
+    """Where the official file keeps block j of a stage, or behind the blocks its resampler: Wan2.1 counts through all stages."""
+    row = "downsamples" if net == "encoder" else "upsamples"
+    n = config.num_res_blocks + (net == "decoder")
+    return f"{net}.{row}.{stage}.{row}.{j}" if config.shortcuts else f"{net}.{row}.{stage * (n + 1) + j}"
+
+
+def vae_place_diffusers(config, net, stage, j):
+    row, n = ("down", config.num_res_blocks) if net == "encoder" else ("up", config.num_res_blocks + 1)
+    if net == "encoder" and not config.shortcuts:
+        return f"encoder.down_blocks.{stage * (n + 1) + j}"
+    return f"{net}.{row}_blocks.{stage}." + (f"resnets.{j}" if j < n else f"{row}sampler" if config.shortcuts else f"{row}samplers.0")
+
+
+def vae_rules(config, diffusers=False):
+    """The table of a VAE's names, which depends on how many blocks a stage has."""
+    table, block, place, middle = VAE, VAE_BLOCK, vae_place, "middle.{}"
+    if diffusers:
+        table, block, place, middle = VAE_DIFFUSERS, VAE_BLOCK_DIFFUSERS, vae_place_diffusers, "mid_block.resnets.{}"
+    rules = []
+    for net, n in (("encoder", config.num_res_blocks), ("decoder", config.num_res_blocks + 1)):
+        for stage in range(len(config.dim_mult)):
+            pieces = [(j, f"blocks.{j}", block) for j in range(n)] + [(n, "resample", VAE_RESAMPLE)]
+            rules += [(f"{place(config, net, stage, j)}.{theirs}", f"{net}.stages.{stage}.{where}.{ours}")
+                      for j, where, piece in pieces for theirs, ours in piece]
+        rules += [(f"{net}.{middle.format(i)}.{theirs}", f"{net}.middle.{name}.{ours}")
+                  for i, name in ((0, "block1"), (1 if diffusers else 2, "block2")) for theirs, ours in block]
+    return rules + table
+
+
+@cache
+def pattern(template):
+    regex = re.escape(template).replace(r"\[", "(?:").replace(r"\]", ")?").replace(r"\#", r"(\d+)").replace(r"\*", "(.+)")
+    return re.compile(regex)
+
+
+def rename(name, rules):
+    """Their name -> our name; None for a known key that is not needed, "" for an unknown one."""
+    for theirs, ours in rules:
+        if match := pattern(theirs).fullmatch(name):
+            parts = iter(match.groups())
+            return ours and re.sub(r"[#*]", lambda _: next(parts), re.sub(r"[\[\]]", "", ours))
+    return ""
+
+
+def inverse(rules):
+    """Our name -> their name. Where two of theirs lead to one of ours, the first is the one written."""
+    return [(ours, theirs) for theirs, ours in rules if ours]
+
+
+# ---------------------------------------------------------------------------------------------------------- what a file holds
+
+SIGNATURES = [   # how keys begin by which a file gives itself away, what it then is, of which component; the first that occurs counts
+    ("model.diffusion_model.", "a single file for ComfyUI", None),
+    ("diffusion_model.", "a LoRA or a single file for ComfyUI", None),
+    ("casual_audio_encoder.", "an S2V denoiser", "denoiser"),
+    ("img_emb.", "a Wan2.1 image-to-video denoiser", None),
+    ("condition_embedder.", "a diffusers-layout denoiser", "denoiser"),
+    ("blocks.0.self_attn.", "a T2V, I2V or TI2V denoiser", "denoiser"),
+    ("decoder.upsamples.0.upsamples.", "the Wan2.2 VAE", "vae"),
+    ("decoder.upsamples.", "the Wan2.1 VAE", "vae"),
+    ("decoder.up_blocks.", "a diffusers-layout VAE", "vae"),
+    ("blocks.0.attn.", "the umT5 encoder", "text"),
+    ("encoder.block.", "a transformers-layout umT5 encoder", "text"),
+    ("wav2vec2.", "a wav2vec2 encoder", "audio"),
+    ("feature_extractor.conv_layers.", "a wav2vec2 encoder", "audio"),
+]
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")   # in front of every name of some single files
+
+
+def signature(names):
+    """What a file with these keys is, and of which component; None for what is unknown."""
+    return next(((what, kind) for start, what, kind in SIGNATURES if any(name.startswith(start) for name in names)), (None, None))
+
+
+def describe(names):
+    return signature(names)[0]
+
+
+def without_prefix(name):
+    return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
+def rules_for(kind, config, names):
+    """The name table of the layout, official or diffusers, whose keys these are."""
+    theirs = describe(names) in ("a diffusers-layout denoiser", "a diffusers-layout VAE", "a transformers-layout umT5 encoder")
+    return (diffusers_rules if theirs else official_rules)(kind, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------- float8 files
+# Beside X.weight in float8 stands its scale: one number, or one per row. All layouts mean float8 value x scale; without one it is 1.
+
+SCALES = ("scale_weight", "weight_scale")                    # ComfyUI until 2025, kijai; ComfyUI since, LightX2V, ours
+MARKS = ("scale_input", "input_scale")                       # for activations, which are scaled per token here
+FLAG = "scaled_fp8"                                          # a key of its own: its dtype is the weights' dtype, which they say themselves
+FORMAT = "comfy_quant"                                       # JSON in bytes, {"format": ...}; in newer files in the header instead
+COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # multiplied out there: its own kernels know no row scales
+HEADER = "_quantization_metadata"                            # {"layers": {name: {"format": ...}}}
+
+
+def check_format(path, name, text):
+    """ValueError unless a ComfyUI layer's format is plain float8.  text  JSON"""
+    try:
+        found = json.loads(text)["format"]
+    except (ValueError, LookupError, TypeError):
+        found = repr(text)[:80]
+    if found != "float8_e4m3fn":
+        raise ValueError(f"{path}: {name} is stored in the format {found}, wanted float8_e4m3fn: take the bf16 or fp8_scaled file")
+
+
+def check_header(path, metadata):
+    if HEADER in metadata:
+        for name, fields in json.loads(metadata[HEADER]).get("layers", {}).items():
+            check_format(path, name, json.dumps(fields))
+
+
+# ------------------------------------------------------------------------------------------------------------ foreign configs
+
+CONFIGS = {"denoiser": model.Config, "vae": vae.VAEConfig, "text": text.TextConfig, "audio": audio.AudioConfig}
+
+# official config.json of a denoiser -> model.Config (official model_s2v.py L253-288, model.py L305-321)
+FIELDS = {"dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "n_head", "num_layers": "n_layer", "in_dim": "in_dim", "out_dim": "out_dim",
+          "text_len": "text_len", "freq_dim": "freq_dim", "eps": "eps"}
+FIELDS_S2V = {"audio_dim": "audio_dim", "num_audio_token": "audio_tokens", "audio_inject_layers": "audio_layers", "cond_dim": "pose_dim"}
+OPTIONAL = {"in_dim", "out_dim", "text_len", "freq_dim", "eps", "num_audio_token"}   # model.Config has the official class's default
+# The part of the official code that the released models run, and all that is built here. The S2V fields must be there: the official
+# class has other defaults. The other four are never written by the official code.
+SCOPE = {"patch_size": [1, 2, 2], "window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
+SCOPE_S2V = {"enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_framepack": True, "enable_motioner": False,
+             "add_last_motion": True}
+# Without effect in that scope: initialisation, and settings of the parts left out.
+INERT = {"model_type", "text_dim", "zero_init", "enable_tsm", "trainable_token_pos_emb", "trainable_token", "motion_token_num",
+         "framepack_drop_mode", "motion_frames", "func_type"}
+FIELDS_AUDIO = {"hidden_size": "dim", "intermediate_size": "ffn_dim", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+                "conv_dim": "conv_dim", "conv_kernel": "conv_kernel", "conv_stride": "conv_stride", "conv_bias": "conv_bias",
+                "num_conv_pos_embeddings": "pos_kernel", "num_conv_pos_embedding_groups": "pos_groups", "layer_norm_eps": "eps"}
+SCOPE_AUDIO = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "hidden_act": "gelu", "feat_extract_activation": "gelu",
+               "add_adapter": False}
+FIELDS_DIFFUSERS = {"num_attention_heads": "n_head", "ffn_dim": "ffn_dim", "num_layers": "n_layer", "in_channels": "in_dim",
+                    "out_channels": "out_dim", "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps"}
+SCOPE_DIFFUSERS = {"patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None,
+                   "image_dim": None, "pos_embed_seq_len": None}
+INERT_DIFFUSERS = {"attention_head_dim", "rope_max_seq_len"}
+FIELDS_VAE_DIFFUSERS = {"base_dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
+                        "temperal_downsample": "temporal_downsample", "latents_mean": "mean", "latents_std": "std"}
+FIELDS_TEXT = {"vocab_size": "vocab", "d_model": "dim", "d_ff": "ffn", "num_heads": "n_head", "num_layers": "n_layer",
+               "relative_attention_num_buckets": "n_bucket"}
+
+
+def take_fields(fields, table, scope, inert, path, optional=()):
+    """A foreign config.json's fields under our names.
+
+    fields  its content        table  their name -> ours        scope  name -> the only value supported        inert  names without effect
+    raises  ValueError naming a missing field, or a field with what was wanted and what came
+    """
+    for name in table:
+        if name not in fields and name not in optional:
+            raise ValueError(f"{path} lacks the field {name}: take config.json from the folder of the weights")
+    for name, value in scope.items():
+        got = fields.get(name, value)
+        if (list(got) if isinstance(got, tuple) else got) != value:
+            raise ValueError(f"{path}: wanted {name} = {value}, got {got}: only what the released models use is built")
+    unknown = sorted(n for n in fields if n not in table and n not in scope and n not in inert and not n.startswith("_"))
+    if unknown:
+        print(f"{path}: unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)} ignored", file=sys.stderr)
+    return {ours: tuple(fields[name]) if isinstance(fields[name], list) else fields[name] for name, ours in table.items() if name in fields}
+
+
+def make_config(kind, fields, path):
+    try:
+        return CONFIGS[kind](**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def denoiser_config(fields, entries, path):
+    """Official config.json + tensors -> model.Config. Two sizes are written in no config: text_dim and audio_states."""
+    s2v = fields.get("model_type") == "s2v" or "audio_inject_layers" in fields
+    for name in SCOPE_S2V if s2v else ():
+        if name not in fields:
+            raise ValueError(f"{path} lacks the field {name}: take config.json from the folder of the weights")
+    table, scope, inert = (FIELDS | FIELDS_S2V, SCOPE | SCOPE_S2V, INERT) if s2v else (FIELDS, SCOPE, INERT)
+    ours = take_fields(fields, table, scope, inert, path, OPTIONAL)
+    if "text_embedding.0.weight" in entries:
+        ours["text_dim"] = entries["text_embedding.0.weight"].shape[1]
+    if s2v and "casual_audio_encoder.weights" in entries:
+        ours["audio_states"] = entries["casual_audio_encoder.weights"].shape[1]
+    return make_config("denoiser", ours if s2v else ours | {"audio_dim": 0}, path)
+
+
+def denoiser_config_diffusers(fields, path):
+    ours = take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, INERT_DIFFUSERS, path)
+    dim = fields["num_attention_heads"] * fields.get("attention_head_dim", 128)
+    return make_config("denoiser", ours | {"dim": dim, "audio_dim": 0}, path)
+
+
+def vae_config(entries, path):
+    """Sizes of an official VAE from the shapes of its tensors: there is no config beside them."""
+    shape = {name: entry.shape for name, entry in entries.items()}
+    shortcuts = "encoder.downsamples.0.downsamples.0.residual.0.gamma" in shape
+    flat = r"encoder\.downsamples\.(\d+)\." + (r"downsamples\.(\d+)\." if shortcuts else "") + r"resample\.1\.weight"
+    resamplers = sorted(tuple(map(int, m.groups())) for name in shape if (m := re.fullmatch(flat, name)))
+    if not resamplers or "conv2.weight" not in shape:
+        return vae.VAEConfig()                                         # not a VAE: matching says what it is
+    z_dim, dim, n = shape["conv2.weight"][0], shape["encoder.conv1.weight"][0], resamplers[0][-1]
+    known = {config.z_dim: config for config in (vae.VAEConfig(), vae.VAE22)}
+    if z_dim not in known:
+        raise ValueError(f"{path}: wanted {' or '.join(map(str, known))} latent channels, got {z_dim}: no mean and deviation are known")
+    config = dataclasses.replace(known[z_dim], dim=dim, num_res_blocks=n, shortcuts=shortcuts)
+    mult = tuple(shape[vae_place(config, "encoder", stage, n - 1) + ".residual.6.weight"][0] // dim for stage in range(len(resamplers) + 1))
+    halves = (vae_place(config, "encoder", stage, n) + ".time_conv.weight" in shape for stage in range(len(resamplers)))
+    patch = math.isqrt(shape["encoder.conv1.weight"][1] // 3)
+    dec_dim = shape["decoder.head.0.gamma"][0] // mult[0]
+    return dataclasses.replace(config, dim_mult=mult, temporal_downsample=tuple(halves), patch=patch, dec_dim=dec_dim)
+
+
+def vae_config_diffusers(fields, path):
+    ours = take_fields(fields, FIELDS_VAE_DIFFUSERS, {"attn_scales": []}, set(fields), path)
+    return make_config("vae", ours | {"dec_dim": fields.get("decoder_base_dim") or ours["dim"], "patch": fields.get("patch_size") or 1,
+                                      "shortcuts": fields.get("is_residual", False)}, path)
+
+
+def text_config(entries):
+    """umT5 sizes from the shapes of its tensors: the official code keeps no config beside them."""
+    rules = rules_for("text", None, entries)
+    tensors = {ours: entry for name, entry in entries.items() if (ours := rename(name, rules))}
+    try:
+        vocab, dim = tensors["embed.weight"].shape
+        n_bucket, n_head = tensors["blocks.0.attn.position.weight"].shape
+        return text.TextConfig(
+            vocab=vocab, dim=dim, dim_attn=tensors["blocks.0.attn.q.weight"].shape[0], ffn=tensors["blocks.0.ffn.up.weight"].shape[0],
+            n_head=n_head, n_layer=sum(name.endswith(".attn.q.weight") for name in tensors), n_bucket=n_bucket)
+    except (KeyError, ValueError):
+        return text.TextConfig()                                       # not umT5: matching against the released size says so
+
+
+def audio_config(fields, path):
+    """transformers' config.json of a wav2vec2 -> audio.AudioConfig"""
+    return make_config("audio", take_fields(fields, FIELDS_AUDIO, SCOPE_AUDIO, set(fields), path), path)
+
+
+def identify(name, fields, entries):
+    """An official module told by its keys -> kind, config, name table.  name for messages, fields its constructor's arguments"""
+    what, kind = signature(entries)
+    if kind is None:
+        raise ValueError(f"{name} is {what or 'an unknown model'}: wanted an official denoiser, VAE, umT5 encoder or wav2vec2 encoder")
+    config = {"denoiser": lambda: denoiser_config(fields, entries, name), "vae": lambda: vae_config(entries, name),
+              "text": lambda: text_config(entries), "audio": lambda: audio_config(fields.get("config", fields), name)}[kind]()
+    return kind, config, official_rules(kind, config)
+
+
+# ------------------------------------------------------------------------------------------------------- our configs -> diffusers
+
+def diffusers_fields(kind, config):
+    """config.json of a component as diffusers or transformers writes it."""
+    table = {"denoiser": FIELDS_DIFFUSERS, "vae": FIELDS_VAE_DIFFUSERS, "text": FIELDS_TEXT}[kind]
+    fields = {theirs: getattr(config, ours) for theirs, ours in table.items()}
+    if kind == "denoiser":
+        return {"_class_name": "WanTransformer3DModel"} | fields | SCOPE_DIFFUSERS | {"attention_head_dim": config.dim // config.n_head,
+                                                                                     "rope_max_seq_len": 1024}
+    if kind == "text":
+        return {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | fields | {
+            "d_kv": config.dim_attn // config.n_head, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False}
+    channels = 3 * config.patch ** 2
+    residual = {"decoder_base_dim": config.dec_dim, "is_residual": True, "patch_size": config.patch, "in_channels": channels,
+                "out_channels": channels, "scale_factor_spatial": config.stride[1], "scale_factor_temporal": config.stride[0],
+                "clip_output": False}
+    return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0} | fields | (residual if config.shortcuts else {})
+
+
+def diffusers_pipeline(task, boundary, shift):
+    """{file: JSON fields} that a diffusers folder has beside its components."""
+    denoiser = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanImageToVideoPipeline" if task == "i2v-A14B" else "WanPipeline", "boundary_ratio": boundary,
+             "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+             "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": denoiser,
+             "transformer_2": [None, None] if boundary is None else denoiser, "vae": ["diffusers", "AutoencoderKLWan"]}
+    index |= {"expand_timesteps": True} if task == "ti2v-5B" else {}
+    return {"model_index.json": index,
+            "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
+                                                "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift},
+            "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5TokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
+                                                "unk_token": "<unk>", "model_max_length": 512}}

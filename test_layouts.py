@@ -1,0 +1,423 @@
+"""Other layouts than folders of official names: float8 files, single files, LoRA, diffusers, and the way back:  pytest test_layouts.py
+
+The last tests compare with the model classes of diffusers and transformers; they are skipped where those are not installed.
+"""
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import convert_weights as convert
+import fake_checkpoint as fake
+import fp8
+import lora
+import names
+from test_convert import INDEX, SHARD, bits, official, refusal, same, small   # noqa: F401 (official is a fixture)
+
+
+# ---- float8 and single files ----
+
+def denoiser_tensors(folder):
+    return load_file(folder / SHARD)
+
+
+def opened(folder, *files):
+    """The denoiser's tensors under our names, as they would be written."""
+    tensors = checkpoints.open_checkpoint(folder, files).parts["denoiser"].tensors
+    return {name: entry.read().to(entry.dtype) for name, entry in tensors.items()}
+
+
+def equal(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        assert tensor.dtype == wanted[name].dtype and torch.equal(tensor.float(), wanted[name].float()), name
+
+
+def test_fp8_folder(official, tmp_path, capsys):
+    """--fp8 writes what `quantize` makes when loading; our layout is then strict about scales; a copy is the same bytes."""
+    target = tmp_path / "ours"
+    assert convert.main([str(official["s2v-14B"]), str(target), "--fp8", "--report"]) == 0
+    assert "worst 10 of 50 float8 layers" in capsys.readouterr().out
+    straight, file = checkpoints.open_checkpoint(official["s2v-14B"]), target / "denoiser.safetensors"
+    same(bits(checkpoints.open_checkpoint(target).load("denoiser")), bits(straight.load("denoiser", quantize=True)))
+    same(bits(checkpoints.open_checkpoint(target).load("audio")), bits(straight.load("audio", quantize=True)))
+    convert.convert(target, tmp_path / "copy", torch.bfloat16)
+    assert (tmp_path / "copy" / "denoiser.safetensors").read_bytes() == file.read_bytes()
+    assert convert.main([str(target), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
+    whole, key = load_file(file), "blocks.0.ffn.0.weight"
+    for change, *parts in (
+            ({key + "_scale": None}, f"{key}_scale is missing", "(384, 1)"),
+            ({key + "_scale": whole[key + "_scale"].view(-1)}, key, "(384,)", "wanted float32 (384, 1)"),
+            ({key + "_scale": whole[key + "_scale"].bfloat16()}, key, "bfloat16", "wanted float32 (384, 1)"),
+            ({"patch.weight_scale": torch.ones(128, 1)}, "patch.weight has a scale", "got torch.bfloat16"),
+            ({"text.0.weight": whole["text.0.weight"].to(fp8.E4M3)}, "text.0.weight is float8", "only the denoiser's large matrices")):
+        save_file({name: tensor for name, tensor in (whole | change).items() if tensor is not None}, file)
+        refusal(target, file, *parts)
+
+
+def float8_file(tensors, layout):
+    """An official denoiser's tensors as another program publishes them in float8."""
+    out, number = {}, torch.tensor(0.0123)
+    for name, tensor in tensors.items():
+        sensitive = tensor.ndim == 1 or "modulation" in name
+        sensitive |= layout in ("kijai", "lightx2v") and not re.match(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.", name)
+        if sensitive:
+            out[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        scale = tensor.float().abs().amax(1, keepdim=True) / 448 if layout == "lightx2v" else number.clone()
+        scaled = name.endswith(".weight") and layout != "unscaled"
+        out[name] = fp8.cast(tensor.float() / (scale.view(-1, *[1] * (tensor.ndim - 1)) if scaled else 1))
+        if scaled:
+            out[layer + (".weight_scale" if layout in ("comfy", "lightx2v") else ".scale_weight")] = scale
+        if scaled and layout == "comfy":
+            out[layer + ".comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+            out[layer + ".input_scale"] = torch.tensor(1.0)
+        if scaled and layout == "comfy-old":
+            out[layer + ".scale_input"] = torch.tensor(1.0)
+    if layout in ("comfy-old", "kijai"):
+        out["scaled_fp8"] = torch.zeros(2, dtype=fp8.E4M3)
+    return out
+
+
+@pytest.mark.parametrize("prefix, layout", [("model.diffusion_model.", "comfy"), ("diffusion_model.", "comfy-old"), ("", "kijai"),
+                                            ("", "lightx2v"), ("model.diffusion_model.", "unscaled")])
+def test_float8_files(official, tmp_path, prefix, layout):
+    """Bytes and scales are kept where our layers multiply in float8, everything else is multiplied out; the base lacks the denoiser."""
+    file, base = tmp_path / "single.safetensors", Path(shutil.copytree(official["s2v-14B"], tmp_path / "base"))
+    theirs = float8_file(denoiser_tensors(base), layout)
+    save_file({prefix + name: tensor for name, tensor in theirs.items()}, file)
+    for name in (SHARD, INDEX):
+        (base / name).unlink()
+    config = small("s2v-14B")["denoiser"]
+    wanted = {}
+    for ours, name in fake.official_names("denoiser", config).items():
+        tensor, layer = theirs[name], name.removesuffix(".weight")
+        scale = theirs.get(layer + ".scale_weight", theirs.get(layer + ".weight_scale", torch.tensor(1.0)))
+        wanted[ours] = tensor
+        if tensor.dtype == fp8.E4M3 and fp8.uses_fp8(ours):
+            wanted[ours + "_scale"] = scale.reshape(-1, 1).expand(len(tensor), 1)
+        elif tensor.dtype == fp8.E4M3:
+            wanted[ours] = (tensor.float() * scale).bfloat16()
+    assert any(tensor.dtype == fp8.E4M3 for tensor in wanted.values())
+    assert convert.main([str(base), str(file), str(tmp_path / "ours")]) == 0
+    equal(opened(tmp_path / "ours"), wanted)
+    checkpoints.open_checkpoint(tmp_path / "ours").load("denoiser")
+
+
+def test_wrong_single_files(official, tmp_path):
+    base, file = official["s2v-14B"], tmp_path / "single.safetensors"
+    tensors = denoiser_tensors(base)
+    layer = "blocks.0.ffn.0"
+    float8 = {layer + ".weight": tensors[layer + ".weight"].to(fp8.E4M3)}
+
+    def refused(changes, *parts, metadata=None):
+        save_file(tensors | changes, file, metadata)
+        with pytest.raises(ValueError) as error:
+            checkpoints.open_checkpoint(base, [file])
+        assert all(part in str(error.value) for part in (str(file), *parts)), error.value
+
+    def mark(text):
+        return {layer + ".comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}
+
+    refused(mark(b'{"format": "nvfp4"}'), layer, "format nvfp4, wanted float8_e4m3fn")
+    refused(mark(b"what"), layer, "what")
+    refused({}, layer, "format int8", metadata={"_quantization_metadata": json.dumps({"layers": {layer: {"format": "int8"}}})})
+    refused({layer + ".scale_weight": torch.ones(())}, "has a scale, wanted float8, got torch.bfloat16")
+    refused({"gone.scale_weight": torch.ones(())}, "gone.weight has a scale", "got nothing")
+    refused(float8 | {layer + ".weight_scale": torch.ones(7)}, "shape (7,)", "384, one a row")
+    refused(float8 | {layer + ".weight_scale": torch.ones(()), layer + ".scale_weight": torch.ones(())}, "two scales")
+    refused({layer + ".weight": tensors[layer + ".weight"].to(torch.float8_e5m2)}, layer, "F8_E5M2")
+    refused({"extra.weight": torch.zeros(3)}, "extra.weight belongs to no parameter")
+    refused({"diffusion_model.blocks.0.ffn.0.lora_down.weight": torch.zeros(3, 3)}, "--lora")
+    save_file({"some.weight": torch.zeros(3)}, file)
+    for files, part in (([file], "unknown model"), ([tmp_path / "no"], "not there"), ([base / SHARD] * 2, "got 2"),
+                        ([base / "Wan2.1_VAE.pth"] * 2, "wants 1 file in place of its vae")):
+        with pytest.raises(ValueError, match=part):
+            checkpoints.open_checkpoint(base, files)
+    with pytest.raises(ValueError, match="wants 2 files in place of its denoiser, the high-noise expert first; got 1"):
+        checkpoints.open_checkpoint(official["t2v-A14B"], [official["t2v-A14B"] / "low_noise_model" / SHARD])
+
+
+def test_single_files_of_other_components(official, tmp_path):
+    """Two experts in order, a VAE, and umT5 with transformers' names in float8, which is multiplied out."""
+    base, straight = official["t2v-A14B"], checkpoints.open_checkpoint(official["t2v-A14B"])
+    part = straight.parts["text"]
+    tensors = {names.rename(ours, names.inverse(names.TEXT_DIFFUSERS)): entry.read() for ours, entry in part.tensors.items()}
+    key = "encoder.block.0.layer.0.SelfAttention.q"
+    tensors |= {key + ".weight": fp8.cast(tensors[key + ".weight"].float() * 100), key + ".scale_weight": torch.tensor(0.01),
+                "scaled_fp8": torch.zeros(0, dtype=fp8.E4M3), "spiece_model": torch.zeros(9, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "umt5.safetensors")
+    files = [base / f"{noise}_noise_model" / SHARD for noise in ("low", "high")] + [tmp_path / "umt5.safetensors", base / "Wan2.1_VAE.pth"]
+    assert convert.main([str(base), *map(str, files), str(tmp_path / "ours")]) == 0
+    ours = checkpoints.open_checkpoint(tmp_path / "ours")
+    same(bits(ours.load("denoiser_high")), bits(straight.load("denoiser_low")))
+    same(bits(ours.load("denoiser_low")), bits(straight.load("denoiser_high")))
+    same(bits(ours.load("vae")), bits(straight.load("vae")))
+    q = ours.parts["text"].tensors["blocks.0.attn.q.weight"]
+    assert torch.equal(q.read(), (tensors[key + ".weight"].float() * 0.01).bfloat16())
+
+
+# ---- LoRA ----
+
+LAYERS = {   # our name of a layer: theirs, diffusers'
+    "blocks.1.self_attn.q": ("blocks.1.self_attn.q", "blocks.1.attn1.to_q"),
+    "blocks.0.self_attn.o": ("blocks.0.self_attn.o", "blocks.0.attn1.to_out.0"),
+    "blocks.2.cross_attn.v": ("blocks.2.cross_attn.v", "blocks.2.attn2.to_v"),
+    "blocks.0.ffn.0": ("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"),
+    "blocks.1.ffn.2": ("blocks.1.ffn.2", "blocks.1.ffn.net.2"),
+    "patch": ("patch_embedding", "patch_embedding"),
+    "blocks.0.inject.k": ("audio_injector.injector.0.k", None),
+    "text.0": ("text_embedding.0", "condition_embedder.text_embedder.linear_1")}
+LORAS = [    # prefix, naming, how dots are written, ending with {} for down or up, alpha
+    ("diffusion_model.", 0, ".", ".lora_{}.weight", 8.0),
+    ("diffusion_model.", 0, ".", "_lora.{}.weight", None),
+    ("", 0, ".", ".lora_{AB}.weight", None),
+    ("pipe.dit.", 0, ".", ".lora_{AB}.weight", None),
+    ("base_model.model.", 0, ".", ".lora_{AB}.default.weight", None),
+    ("transformer.", 1, ".", ".lora_{AB}.weight", None),
+    ("transformer.", 1, ".", ".lora.{}.weight", None),
+    ("transformer.", 1, ".", ".lora_linear_layer.{}.weight", None),
+    ("lora_unet_", 0, "_", ".lora_{}.weight", 2.0),
+    ("lora_unet__", 0, "_", ".lora_{}.weight", 2.0),
+    ("lycoris_", 0, "_", ".lora_{}.weight", 4.0)]
+
+
+def lora_pairs(shapes, rank=4):
+    """{our layer: down, up} for all layers of LAYERS"""
+    random, pairs = torch.Generator().manual_seed(3), {}
+    for ours in LAYERS:
+        n_out, *n_in = shapes[ours + ".weight"]
+        pairs[ours] = torch.randn(rank, *n_in, generator=random) * 0.1, torch.randn(n_out, rank, *[1] * (len(n_in) - 1), generator=random)
+    return pairs
+
+
+@pytest.mark.parametrize("prefix, naming, dot, ending, alpha", LORAS)
+def test_lora_layouts(prefix, naming, dot, ending, alpha, tmp_path):
+    """Every layout leads to the same sum, bit for bit: W + alpha / rank * up @ down in float32."""
+    config = small("s2v-14B")["denoiser"]
+    part = fake.random_part("denoiser", config, torch.bfloat16, "denoiser")
+    pairs, tensors, wanted = lora_pairs(checkpoints.parameter_shapes("denoiser", config)), {}, {}
+    for ours, (down, up) in pairs.items():
+        if theirs := LAYERS[ours][naming]:
+            layer, weight = prefix + theirs.replace(".", dot), part.tensors[ours + ".weight"].read().float()
+            for matrix, words in ((down, dict(AB="A")), (up, dict(AB="B"))):
+                tensors[layer + ending.format("down" if matrix is down else "up", **words)] = matrix
+            tensors |= {layer + ".alpha": torch.tensor(alpha)} if alpha else {}
+            delta = (0.5 * (alpha / 4 if alpha else 1)) * (up.flatten(1) @ down.flatten(1))
+            wanted[ours + ".weight"] = (weight + delta.view(weight.shape)).bfloat16()
+    save_file(tensors, tmp_path / "lora.safetensors")
+    merged = lora.merged(part.tensors, [lora.read_lora(tmp_path / "lora.safetensors", config, 0.5)])
+    assert merged.keys() == part.tensors.keys()
+    for name, entry in merged.items():
+        assert torch.equal(entry.read().to(entry.dtype), wanted.get(name, part.tensors[name].read())), name
+
+
+def test_lora_differences(tmp_path):
+    """Whole differences of weight, bias, modulation and norms; two files add up; float8 weights are changed and cast anew."""
+    config, random = small("s2v-14B")["denoiser"], torch.Generator().manual_seed(5)
+    part = fake.random_part("denoiser", config, torch.bfloat16, "denoiser")
+    theirs = {"blocks.0.ffn.0.diff": "blocks.0.ffn.0.weight", "blocks.0.ffn.0.diff_b": "blocks.0.ffn.0.bias",
+              "blocks.1.diff_m": "blocks.1.modulation", "head.diff_m": "head.modulation", "head.head.diff": "head.linear.weight",
+              "blocks.1.norm3.diff": "blocks.1.cross_norm.weight", "blocks.1.self_attn.norm_q.diff": "blocks.1.self_attn.norm_q.weight"}
+    tensors = {f"diffusion_model.{key}": torch.randn(part.tensors[ours].shape, generator=random) for key, ours in theirs.items()}
+    save_file(tensors, tmp_path / "diff.safetensors")
+    files = [lora.read_lora(tmp_path / "diff.safetensors", config, scale) for scale in (0.25, 1.0)]
+    sums = {ours: part.tensors[ours].read().float() + 0.25 * tensors[f"diffusion_model.{key}"] + tensors[f"diffusion_model.{key}"]
+            for key, ours in theirs.items()}
+    for name, entry in lora.merged(part.tensors, files).items():
+        assert torch.equal(entry.read().to(entry.dtype), sums[name].bfloat16() if name in sums else part.tensors[name].read())
+    float8, key = fp8.quantized(part.tensors), "blocks.0.ffn.0.weight"
+    merged = lora.merged(float8, files)
+    assert {name: entry.dtype for name, entry in merged.items()} == {name: entry.dtype for name, entry in float8.items()}
+    exact = fp8.dequantize(float8[key].read(), float8[key + "_scale"].read()) + 1.25 * tensors["diffusion_model.blocks.0.ffn.0.diff"]
+    assert fp8.relative_error(fp8.dequantize(merged[key].read(), merged[key + "_scale"].read()), exact) < 0.03
+    assert merged["blocks.1.ffn.0.weight"] is float8["blocks.1.ffn.0.weight"]
+
+
+def test_wrong_lora(tmp_path):
+    config, file = small("s2v-14B")["denoiser"], tmp_path / "lora.safetensors"
+    pair = {"blocks.0.self_attn.q.lora_down.weight": torch.zeros(4, 128), "blocks.0.self_attn.q.lora_up.weight": torch.zeros(128, 4)}
+
+    def refused(changes, *parts):
+        save_file({name: tensor.clone() for name, tensor in (pair | changes).items() if tensor is not None}, file)
+        with pytest.raises(ValueError) as error:
+            lora.read_lora(file, config)
+        assert all(part in str(error.value) for part in (str(file), *parts)), error.value
+
+    z = torch.zeros(4, 128)
+    refused({"blocks.0.cross_attn.k_img.lora_down.weight": z, "blocks.99.ffn.0.lora_up.weight": z, "vace.diff": z},
+            "blocks.0.cross_attn.k_img.lora_down.weight belongs to no parameter", "(and 2 more)")
+    refused({"blocks.0.self_attn.q.dora_scale": z}, "blocks.0.self_attn.q.dora_scale belongs to no parameter")
+    refused({"blocks.0.self_attn.q.lora_up.weight": None}, "blocks.0.self_attn.q.weight", "wanted down and up", "got down")
+    refused({"blocks.0.self_attn.q.lora_up.weight": torch.zeros(128, 8)}, "(128, 8)", "does not make (128, 128)")
+    refused({"blocks.0.self_attn.q.lora_A.weight": z}, "and another key both lead to blocks.0.self_attn.q.weight")
+    refused({"blocks.0.self_attn.q.diff": z}, "wanted down and up or one difference")
+    refused({"blocks.0.ffn.0.diff_b": torch.zeros(5)}, "blocks.0.ffn.0.bias", "(5,)", "(384,)")
+    refused({"diffusion_model.blocks.0.attn1.to_q.lora_A.weight": z}, "attn1.to_q.lora_A.weight is ambiguous")
+    refused({"lora_unet_blocks_0_attn2_to_q.lora_down.weight": z}, "ambiguous")
+    save_file({}, file)
+    with pytest.raises(ValueError, match="no tensors"):
+        lora.read_lora(file, config)
+
+
+def test_lora_command(official, tmp_path, capsys):
+    """One of two experts is changed; --fp8 casts the exact sum; refusals end with status 2 and leave nothing."""
+    file, base, target = tmp_path / "lora.safetensors", official["t2v-A14B"], tmp_path / "ours"
+    delta, key = torch.randn(384, 128, generator=torch.Generator().manual_seed(1)), "blocks.0.ffn.0.weight"
+    save_file({"blocks.0.ffn.0.diff": delta}, file)
+    assert convert.main([str(base), str(target), "--fp8", "--lora", f"low={file}:-0.5"]) == 0
+    straight, ours = checkpoints.open_checkpoint(base).parts, checkpoints.open_checkpoint(target).parts
+    for expert, factor in (("denoiser_high", 0), ("denoiser_low", -0.5)):
+        wanted, scale = fp8.quantize_weight(straight[expert].tensors[key].read().float() + factor * delta)
+        tensors = ours[expert].tensors
+        equal({"weight": tensors[key].read(), "scale": tensors[key + "_scale"].read()}, {"weight": wanted, "scale": scale})
+    capsys.readouterr()
+    for source, given, part in ((official["s2v-14B"], f"high={file}", "has one denoiser"), (base, f"{file}.no:2", "not there")):
+        assert convert.main([str(source), str(tmp_path / "other"), "--lora", given]) == 2
+        assert part in (message := capsys.readouterr().err) and message.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+# ---- writing other layouts ----
+
+@pytest.mark.parametrize("task", ["i2v-A14B", "ti2v-5B"])
+def test_to_diffusers(official, tmp_path, task):
+    """Ours -> diffusers -> ours: the same bytes in every file."""
+    ours, there, back = (tmp_path / name for name in ("ours", "there", "back"))
+    convert.convert(official[task], ours)
+    assert convert.main([str(ours), str(there), "--to", "diffusers"]) == 0
+    convert.convert(there, back)
+    assert sorted(p.name for p in back.iterdir()) == sorted(p.name for p in ours.iterdir())
+    assert all((back / path.name).read_bytes() == path.read_bytes() for path in ours.iterdir())
+
+
+@pytest.mark.parametrize("task, options", [("s2v-14B", ["--fp8"]), ("t2v-A14B", [])])
+def test_to_comfy(official, tmp_path, task, options):
+    """Ours -> single files -> ours: the same bytes, float8 with its row scales too."""
+    ours, there, back = (tmp_path / name for name in ("ours", "there", "back"))
+    assert convert.main([str(official[task]), str(ours), *options]) == 0
+    assert convert.main([str(ours), str(there), "--to", "comfy"]) == 0
+    files = sorted((there / "diffusion_models").iterdir()) + [there / "vae" / "vae.safetensors"]
+    assert "patch_embedding.weight" in load_file(files[0]) and len(files) == (3 if "A14B" in task else 2)
+    assert convert.main([str(ours), *map(str, files), str(back)]) == 0
+    assert all((back / path.name).read_bytes() == path.read_bytes() for path in ours.iterdir())
+
+
+def test_no_such_layout(official, tmp_path, capsys):
+    assert convert.main([str(official["s2v-14B"]), str(tmp_path / "x"), "--to", "diffusers"]) == 2
+    assert "no class for S2V" in capsys.readouterr().err
+    assert convert.main([str(official["ti2v-5B"]), str(tmp_path / "x"), "--to", "diffusers", "--fp8"]) == 2
+    assert "no layout" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+# ---- diffusers ----
+
+SIZES = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32)
+TASKS = {"t2v-A14B": dict(), "i2v-A14B": dict(in_channels=36), "ti2v-5B": dict(in_channels=48, out_channels=48)}
+
+
+def randomise(module, seed):
+    """Random values by the rules of fake_checkpoint.py, so that no norm or modulation is a plain 1 or 0."""
+    for name, parameter in module.named_parameters():
+        ending = name.replace("scale_shift_table", "modulation")
+        parameter.data = fake.random_tensor(ending, parameter.shape, torch.float32, seed=seed)
+    return module.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The model classes of diffusers and transformers."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: its model classes are compared where it is")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    diffusers.utils.logging.disable_progress_bar()
+    return diffusers, transformers
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def diffusers_folder(request, library, tmp_path_factory):
+    """A folder written by diffusers and transformers themselves, and the modules that are in it."""
+    (diffusers, transformers), task, folder = library, request.param, tmp_path_factory.mktemp("diffusers")
+    vae = dict(base_dim=8, num_res_blocks=1)
+    if task == "ti2v-5B":
+        if "is_residual" not in inspect.signature(diffusers.AutoencoderKLWan).parameters:
+            pytest.skip("this diffusers is too old for the Wan2.2 VAE")
+        released = fake.VAE22
+        vae |= dict(decoder_base_dim=12, z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
+                    latents_mean=list(released.mean), latents_std=list(released.std))
+    text = transformers.UMT5Config(vocab_size=200, d_model=48, d_kv=16, d_ff=96, num_layers=2, num_heads=3)
+    modules = {"transformer": diffusers.WanTransformer3DModel(**SIZES, **TASKS[task]), "vae": diffusers.AutoencoderKLWan(**vae),
+               "text_encoder": transformers.UMT5EncoderModel(text)}
+    if task != "ti2v-5B":
+        modules["transformer_2"] = diffusers.WanTransformer3DModel(**SIZES, **TASKS[task])
+    for name, module in modules.items():
+        randomise(module, name).save_pretrained(folder / name, max_shard_size="100KB" if name.startswith("transformer") else "1GB")
+    (folder / "tokenizer").mkdir()
+    fake.make_tokenizer(folder / "tokenizer" / "tokenizer.json")
+    (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.8 if "transformer_2" in modules else None}))
+    return task, folder, modules
+
+
+def gap(ours, theirs, what):
+    """Relative L2 difference, printed."""
+    assert ours.shape == theirs.shape
+    relative = float((ours - theirs).norm() / theirs.norm())
+    print(f"{what}: relative L2 difference {relative:.1e}, max {float((ours - theirs).abs().max()):.1e}")
+    return relative
+
+
+@torch.inference_mode()
+def test_diffusers(diffusers_folder):
+    """The same weights through their classes and ours, at 1e-5 (float32 sums in another order)."""
+    task, folder, modules = diffusers_folder
+    checkpoint = checkpoints.open_checkpoint(folder)
+    assert (checkpoint.task, checkpoint.boundary) == (task, None if task == "ti2v-5B" else 0.8)
+    random = torch.Generator().manual_seed(1)
+    cfg = checkpoint.configs["denoiser"]
+    latents = torch.randn(1, cfg.in_dim, 3, 8, 6, generator=random)
+    text, t = torch.randn(1, 512, cfg.text_dim, generator=random), torch.tensor([612.0])
+    for theirs, name in zip(("transformer", "transformer_2"), checkpoint.experts):
+        net = checkpoint.load(name)
+        image = latents[:, cfg.out_dim:] if cfg.in_dim > cfg.out_dim else None
+        ours = net(latents[:, :cfg.out_dim], t, net.prepare((3, 8, 6), text, image=image))
+        assert gap(ours, modules[theirs](latents, t, text).sample, f"{task} {theirs}") < 1e-5
+    vae, cfg = checkpoint.load("vae"), checkpoint.configs["vae"]
+    video = torch.rand(1, 3, 9, 64, 96, generator=random) * 2 - 1
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (cfg.mean, cfg.std))
+    encoded = (modules["vae"].encode(video).latent_dist.mode() - mean) / std
+    assert gap(vae.encode(video), encoded, f"{task} vae encode") < 1e-5
+    assert gap(vae.decode(encoded), modules["vae"].decode(encoded * std + mean).sample, f"{task} vae decode") < 1e-5
+    ids = torch.randint(3, 200, (1, 37), generator=random)
+    assert gap(checkpoint.load("text")(ids), modules["text_encoder"](ids).last_hidden_state, f"{task} text encoder") < 1e-5
+
+
+def test_written_diffusers(diffusers_folder, library, tmp_path):
+    """What --to diffusers writes, their classes read with every value in place."""
+    (diffusers, transformers), (_, folder, modules) = library, diffusers_folder
+    assert convert.main([str(folder), str(tmp_path / "there"), "--to", "diffusers"]) == 0
+    for name, module in modules.items():
+        loaded = type(module).from_pretrained(tmp_path / "there" / name)
+        if name != "text_encoder":
+            assert all(loaded.config[field] == value for field, value in module.config.items() if not field.startswith("_"))
+        same(bits(loaded), bits(module))
+
+
+def test_diffusers_refusals(diffusers_folder, tmp_path):
+    """Strict like the official layout: a missing file, a missing key, an unsupported setting."""
+    task, source, _ = diffusers_folder
+    folder = Path(shutil.copytree(source, tmp_path / "spoilt"))
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "other.safetensors")
+    refusal(folder, "vae/diffusion_pytorch_model.safetensors (vae)")
+    (folder / "vae" / "other.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    tensors.pop("decoder.conv_in.bias")
+    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    refusal(folder, "decoder.conv_in.bias is missing")
+    fields = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps(fields | {"image_dim": 1280}))
+    refusal(folder, "transformer/config.json", "image_dim = None", "got 1280")

@@ -1,0 +1,412 @@
+"""Properties of pictures.py and video.py; every file is made here.  python -m pytest test_media.py   (seconds, CPU)
+
+The arithmetic of sizes and preprocessing is compared with the official one in test_parity.py (case image_prep).
+"""
+import os
+import resource
+import struct
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import pictures
+import video
+from pictures import _scaled, center_crop, fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
+from video import VideoWriter, add_sound, check_output, load_pose, probe, read_frames
+
+FPS, SIZE, RATE = 16, (64, 96), 44100
+PIXELS = np.random.RandomState(0).randint(0, 256, (40, 60, 3), np.uint8)
+RGB = Image.fromarray(PIXELS)
+
+
+# ---- pictures.py
+
+def same_as_official(path):
+    with Image.open(path) as picture:
+        return np.array_equal(load_image(path), picture.convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "CMYK"])
+def test_opaque_pictures_are_what_the_official_code_reads(tmp_path, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    RGB.convert(mode).save(path)
+    assert same_as_official(path) and load_image(path).mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.bmp", "a.gif", "a.tiff"])
+def test_picture_formats(tmp_path, name):
+    RGB.save(tmp_path / name)
+    assert same_as_official(tmp_path / name)
+
+
+def test_transparent_is_white(tmp_path):
+    clear = RGB.copy()
+    clear.putalpha(0)
+    clear.save(tmp_path / "a.png")
+    assert (np.array(load_image(tmp_path / "a.png")) == 255).all()
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert np.array_equal(np.array(load_image(tmp_path / "a.png"))[..., 1], np.rint(grey / 257))
+
+
+def test_exif_rotation_and_first_frame(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6      # turned by 90 degrees
+    RGB.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(load_image(tmp_path / "turned.png"), np.rot90(PIXELS, -1))
+    RGB.save(tmp_path / "damaged.jpg", exif=b"Exif\0\0II*\0nonsense")
+    assert load_image(tmp_path / "damaged.jpg").size == (60, 40)
+    RGB.save(tmp_path / "moving.png", save_all=True, append_images=[RGB.transpose(Image.Transpose.ROTATE_180)])
+    assert np.array_equal(load_image(tmp_path / "moving.png"), PIXELS)
+
+
+def png_header(width, height):
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 999) + b"IDAT"
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"no picture", "is not a picture"), (b"", "is not a picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    (png_header(60, 40), "damaged"), (png_header(20000, 20000), "too many pixels"), (png_header(9000, 9000), "too many pixels"),
+    (png_header(1, 1), "1x1 pixels"), (None, "not found")], ids=["text", "empty", "eps", "half", "20000", "9000", "1x1", "none"])
+def test_bad_pictures_get_one_line(tmp_path, recwarn, content, says):
+    path = tmp_path / "a.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=says) as error:
+        load_image(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value) and not len(recwarn)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_half_a_picture(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    RGB.save(path)
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        load_image(path)
+
+
+def test_sizes():
+    assert s2v_size(480, 832, 480 * 832) == (448, 832) and s2v_size(480, 832, 720 * 1280, step=128) == (512, 896)
+    assert s2v_size(1636, 522, 1024 * 704) == (1408, 448) and s2v_size(515, 2061, 720 * 1280) == (448, 1792)      # official search
+    assert i2v_size(480, 832, 480 * 832) == (464, 832) and ti2v_size(720, 1280, 704 * 1280) == (704, 1248)
+    for rule in (s2v_size, i2v_size, ti2v_size):
+        with pytest.raises(ValueError, match="does not fit a budget"):
+            rule(16, 30000, 4096)
+        with pytest.raises(ValueError, match="does not fit a budget"):
+            rule(480, 832, 100)
+
+
+@pytest.mark.parametrize("size", [(480, 832), (100, 100), (65, 63), (333, 777), (150, 110), (60, 128)])
+def test_picture_covers_the_frame(size):
+    picture = Image.fromarray(np.random.RandomState(1).randint(1, 256, (*size, 3), np.uint8))
+    H, W = s2v_size(*size, 8192)
+    x, official = fit_picture(picture, (H, W)), fit_picture(picture, (H, W), official=True)
+    bars = (official == -1).all(dim=0)
+    assert x.shape == official.shape == (3, H, W) and not (x == -1).all(dim=0).any()
+    assert bars.any() or torch.equal(x, official)      # the same bits wherever the official crop leaves no bars
+    pose = fit_frame(np.array(picture), (H, W))
+    assert (pose - x).abs().max() < 1.01 * 2 / 255      # pose frames lie where the picture lies; the picture is rounded to 8 bits
+
+
+def test_scale_keeps_the_shape():
+    assert _scaled((167, 100), (64, 64), True) == (106, 64) and _scaled((100, 167), (64, 64), True) == (64, 106)      # 106.88, cut
+    for size in ((480, 832), (832, 480), (65, 63)):
+        target = s2v_size(*size, 8192)
+        h, w = _scaled(size, target, False)
+        assert h >= target[0] and w >= target[1] and abs(h / size[0] - w / size[1]) < 1 / min(size)
+
+
+def test_which_way_halves_round():
+    row = torch.arange(9)[None]
+    assert center_crop(row, (1, 6)).tolist() == [[2, 3, 4, 5, 6, 7]] and center_crop(row, (1, 4))[0, 0] == 2      # 1.5 -> 2, 2.5 -> 2
+    assert center_crop(row.T, (6, 1))[0, 0] == 2 and center_crop(row, (1, 12)).tolist() == [[0, *range(9), 0, 0]]
+    middle = torch.from_numpy(PIXELS[:, 1:58]).permute(2, 0, 1) / 255      # 1.5 -> 1
+    assert torch.equal(fit_ti2v(RGB, (40, 57)), (middle - 0.5) / 0.5)
+
+
+def test_first_frames_of_the_siblings():
+    assert fit_i2v(RGB, (64, 80)).shape == fit_ti2v(RGB, (64, 80)).shape == (3, 64, 80)
+    assert fit_i2v(RGB, (64, 80)).max() > 1 >= fit_ti2v(RGB, (64, 80)).max()      # bicubic overshoots, 8-bit Lanczos cannot
+
+
+# ---- video.py
+
+def smooth(P, size=SIZE):
+    """A clip that H.264 keeps well: colour ramps that move slowly.  (3, P, H, W)"""
+    t, y, x = torch.meshgrid(torch.linspace(0, 0.5, P), torch.linspace(-1, 1, size[0]), torch.linspace(-1, 1, size[1]), indexing="ij")
+    return torch.stack([x, y, -x]) * 0.8 - 0.2 * t
+
+
+def click_file(path, times, seconds=3.0):
+    """Short 2 kHz bursts at `times`."""
+    wav, t = np.zeros(int(seconds * RATE), np.float32), np.arange(180) / RATE
+    for time in times:
+        wav[round(time * RATE):][:180] = 0.9 * np.sin(2 * np.pi * 2000 * t)
+    soundfile.write(path, wav, RATE)
+
+
+def flashes(P, times):
+    clip = torch.full((3, P, *SIZE), -0.8)
+    clip[:, [round(t * FPS) for t in times]] = 1.0
+    return clip
+
+
+def seen_and_heard(path):
+    """Seconds at which the picture flashes and at which the sound clicks, as a player shows them: both filled up from time 0 on."""
+    def decode(*args):
+        return subprocess.run(video.ffmpeg_command("-v", "error", "-i", str(path), *args, "-"), capture_output=True).stdout
+
+    light = np.frombuffer(decode("-vf", f"fps={FPS}:start_time=0,scale=1:1:flags=area", "-f", "rawvideo", "-pix_fmt", "gray"), np.uint8)
+    sound = np.frombuffer(decode("-af", "aresample=async=1:first_pts=0", "-f", "f32le", "-ac", "1", "-ar", str(RATE)), np.float32)
+    loud = np.flatnonzero(np.abs(sound) > 0.2)
+    return np.flatnonzero(light > 200) / FPS, loud[np.diff(loud, prepend=-RATE) > RATE // 20] / RATE
+
+
+def test_round_trip(tmp_path):
+    clip = smooth(41)
+    with VideoWriter(tmp_path / "a.mp4", SIZE, FPS) as out:
+        for part in clip.split([7, 1, 33], dim=1):      # clips of any length
+            out.write(part)
+    info = probe(tmp_path / "a.mp4")
+    assert (info.width, info.height, info.fps, info.frames, info.video_codec, info.has_audio) == (96, 64, 16, 41, "h264", False)
+    assert info.duration == 41 / 16 and "41 frames of 96x64" in out.summary
+    got = np.stack(list(read_frames(tmp_path / "a.mp4")))
+    want = ((clip + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
+    assert np.abs(got.astype(int) - want).mean() < 3      # of 255: H.264 and half-resolution colour; a wrong colour matrix gives 6
+    header = subprocess.run(video.ffmpeg_command("-i", str(tmp_path / "a.mp4")), capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709" in header
+
+
+def test_same_frames_same_bytes(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        with VideoWriter(tmp_path / name, SIZE, FPS) as out:
+            out.write(smooth(20))
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("sound, options, P, frames, codec", [
+    ("wav", {}, 48, 48, "aac"),                                      # 3.0 s = 48 frames
+    ("wav", {}, 45, 45, "aac"),                                      # the sound is cut
+    ("wav", {}, 60, 48, "aac"),                                      # the picture is cut
+    ("m4a", {}, 60, 48, "aac"), ("mp3", {}, 48, 48, "mp3"),          # copied
+    ("mp3", {}, 45, 45, "aac"), ("mp3", {"av_offset": 3}, 60, 51, "aac"), ("opus", {}, 48, 48, "aac"),
+    ("mp3", {"start": 0.75, "duration": 1.5}, 48, 24, "aac"),
+    ("wav", {"av_offset": 3}, 48, 48, "aac"), ("wav", {"av_offset": -3}, 48, 45, "aac")])
+def test_sound_stays_with_the_picture(tmp_path, sound, options, P, frames, codec):
+    times = [0.5, 1.0, 1.5, 2.0, 2.5]
+    source = tmp_path / "in.wav"
+    click_file(source, times)
+    if sound != "wav":
+        video.run("-i", str(source), "-metadata", "title=private", str(tmp_path / f"in.{sound}"))
+        source = tmp_path / f"in.{sound}"
+    shift = options.get("av_offset", 0) / FPS - options.get("start", 0)
+    times = [t + shift for t in times if 0 <= t + shift < frames / FPS]
+    with VideoWriter(tmp_path / "a.mp4", SIZE, FPS, audio=source, **options) as out:
+        out.write(flashes(P, times))
+    info = probe(tmp_path / "a.mp4")
+    assert (info.frames, info.audio_codec) == (frames, codec) and abs(info.audio_duration - frames / FPS) < 0.01
+    seen, heard = seen_and_heard(tmp_path / "a.mp4")
+    assert seen.tolist() == times and len(heard) == len(times) and np.abs(heard - seen).max() < 0.002      # seconds; a frame is 0.0625
+    assert b"private" not in (tmp_path / "a.mp4").read_bytes()
+
+
+def test_sound_of_a_video_starts_with_its_first_sample(tmp_path):
+    """In a video file the sound may begin late; the audio encoder counts samples, so the sound written must too."""
+    times = [0.5, 1.5, 2.75]
+    click_file(tmp_path / "in.wav", times)
+    with VideoWriter(tmp_path / "in.mp4", SIZE, FPS) as out:
+        out.write(smooth(60))
+    late = ["-itsoffset", "0.5", "-i", str(tmp_path / "in.wav"), "-c:v", "copy", "-c:a", "alac"]
+    video.run("-i", str(tmp_path / "in.mp4"), *late, str(tmp_path / "late.mp4"))
+    with VideoWriter(tmp_path / "a.mp4", SIZE, FPS, audio=tmp_path / "late.mp4") as out:
+        out.write(flashes(60, times))
+    assert probe(tmp_path / "a.mp4").frames == 48      # 3 s of samples
+    seen, heard = seen_and_heard(tmp_path / "a.mp4")
+    assert seen.tolist() == times and len(heard) == 3 and np.abs(heard - seen).max() < 0.002
+
+
+@pytest.mark.parametrize("channels, rate, subtype", [(1, 8000, "PCM_U8"), (8, 192000, "PCM_24"), (16, 48000, "FLOAT")])
+def test_unusual_sound(tmp_path, channels, rate, subtype):
+    soundfile.write(tmp_path / "in.wav", np.random.RandomState(0).uniform(-0.1, 0.1, (rate, channels)), rate, subtype)
+    with VideoWriter(tmp_path / "a.mp4", SIZE, FPS, audio=tmp_path / "in.wav") as out:
+        out.write(smooth(20))
+    info = probe(tmp_path / "a.mp4")
+    assert info.frames == 16 and info.audio_codec == "aac" and abs(info.audio_duration - 1) < 0.001
+
+
+def test_png_frames_are_exact(tmp_path):
+    clip = torch.rand(3, 3, 33, 51) * 2.4 - 1.2      # odd sizes are fine, values outside [-1, 1] are clamped
+    (tmp_path / "ready").mkdir()
+    for name in ("new/", "ready"):
+        with VideoWriter(f"{tmp_path}/{name}", (33, 51), FPS) as out:
+            out.write(clip)
+        assert sorted(os.listdir(tmp_path / name)) == ["000000.png", "000001.png", "000002.png"]
+        got = np.array(Image.open(tmp_path / name / "000002.png"))
+        assert np.array_equal(got, ((clip[:, 2].clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 0))
+
+
+def kill_encoder(out):
+    out.encoder.kill()
+    out.write(smooth(200))
+
+
+def leave(error):
+    def raise_it(out):
+        raise error
+    return raise_it
+
+
+@pytest.mark.parametrize("accident, error, says", [
+    (kill_encoder, OSError, "encoder stopped"),
+    (lambda out: out.encoder.kill(), OSError, "killed by SIGKILL"),
+    (lambda out: out.write(torch.full((3, 1, *SIZE), torch.nan)), ValueError, "NaN"),
+    (lambda out: out.write(smooth(2, (62, 96))), ValueError, "takes frames"),
+    (leave(RuntimeError("out of memory")), RuntimeError, "memory"),
+    (leave(KeyboardInterrupt("stop")), KeyboardInterrupt, "stop")])
+def test_failure_leaves_nothing(tmp_path, accident, error, says):
+    (tmp_path / "a.mp4").write_bytes(b"an earlier video")
+    with pytest.raises(error, match=says) as caught, VideoWriter(tmp_path / "a.mp4", SIZE, FPS) as out:
+        out.write(smooth(20))
+        accident(out)
+    assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == b"an earlier video"
+    assert "\n" not in str(caught.value) and out.encoder.returncode is not None      # no process left either
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "frames/"])
+def test_disk_full(tmp_path, name):
+    """A file size limit stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write") as error, VideoWriter(f"{tmp_path}/{name}", (256, 256)) as out:
+            out.write(torch.rand(3, 8, 256, 256) * 2 - 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value) and not os.listdir(tmp_path)
+
+
+def test_finished_clips_can_be_kept(tmp_path):
+    click_file(tmp_path / "in.wav", [1.0])
+    for name in ("a.partial.mp4", "a.partial1.mp4"):      # the second time the first is not overwritten
+        with pytest.raises(MemoryError), VideoWriter(tmp_path / "a.mp4", SIZE, FPS, audio=tmp_path / "in.wav") as out:
+            out.write(smooth(20))
+            assert os.getpgid(out.encoder.pid) != os.getpgid(0)      # else Ctrl-C would end it with us, before the frames are kept
+            assert out.finish_partial() == str(tmp_path / name)
+            raise MemoryError
+        info = probe(tmp_path / name)
+        assert info.frames == 20 and abs(info.audio_duration - 1.25) < 0.001
+    with VideoWriter(tmp_path / "b.mp4", SIZE, FPS) as out:
+        assert out.finish_partial() is None      # nothing to keep
+    assert sorted(os.listdir(tmp_path)) == ["a.partial.mp4", "a.partial1.mp4", "in.wav"]
+
+
+def test_picture_outlives_its_sound(tmp_path, monkeypatch):
+    def half_written(picture, sound, seconds, target):
+        open(target, "wb").close()
+        add_sound(picture, sound, seconds, target)
+
+    click_file(tmp_path / "in.wav", [1.0])
+    monkeypatch.setattr(video, "add_sound", half_written)
+    with pytest.raises(OSError, match="cannot finish.*the finished picture is kept as .*a.partial.mp4"):
+        with VideoWriter(tmp_path / "a.mp4", SIZE, FPS, audio=tmp_path / "in.wav") as out:
+            out.write(smooth(20))
+            os.remove(tmp_path / "in.wav")
+    assert os.listdir(tmp_path) == ["a.partial.mp4"] and probe(tmp_path / "a.partial.mp4").frames == 20
+
+
+@pytest.mark.parametrize("path, says", [
+    ("a.avi", "ends in .mp4"), ("a", "ends in .mp4"), ("nowhere/a.mp4", "does not exist"), ("file/a.mp4", "does not exist"),
+    (".", "not empty"), ("full/", "not empty"), ("/proc/a.mp4", "cannot write into"), ("/proc/frames/", "cannot write into")])
+def test_outputs_that_cannot_be(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "holiday.jpg").touch()
+    with pytest.raises(ValueError, match=says) as error:
+        check_output(path)
+    assert "\n" not in str(error.value) and sorted(os.listdir(tmp_path)) == ["file", "full"]
+
+
+def test_space_and_encoder_are_checked(tmp_path, monkeypatch):
+    check_output(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="make room"):
+        check_output(tmp_path / "a.mp4", need=2**60)
+    for program, says in (("/bin/true", "no H.264 encoder"), ("/nowhere/ffmpeg", "no working ffmpeg")):
+        monkeypatch.setattr(video.imageio_ffmpeg, "get_ffmpeg_exe", lambda: program)
+        with pytest.raises(ValueError, match=f"{says}.*ends in /"):
+            check_output(tmp_path / "a.mp4")
+        with VideoWriter(f"{tmp_path}/{program[1:4]}/", SIZE, audio="any.wav") as out:      # PNG frames need no ffmpeg
+            out.write(smooth(1))
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "not found"), (b"no sound", "no video or sound"), ("silent", "holds no sound"), ("short", "nothing is left")])
+def test_bad_sound(tmp_path, content, says):
+    path = tmp_path / "in.wav"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "short":
+        click_file(path, [])
+    elif content == "silent":
+        path = tmp_path / "in.mp4"
+        with VideoWriter(path, SIZE) as out:
+            out.write(smooth(2))
+    with pytest.raises(ValueError, match=says) as error:
+        VideoWriter(tmp_path / "a.mp4", SIZE, audio=path, start=5.0)
+    assert "\n" not in str(error.value)
+
+
+# ---- pose videos
+
+def numbered_video(path, P, fps):
+    """Frame n shows n // 16 on its left half and n % 16 on its right, as grey levels far enough apart to survive H.264."""
+    clip = torch.empty(3, P, *SIZE)
+    for n in range(P):
+        clip[:, n, :, :48], clip[:, n, :, 48:] = ((level * 16 + 8) / 127.5 - 1 for level in divmod(n, 16))
+    with VideoWriter(path, SIZE, fps) as out:
+        out.write(clip)
+
+
+def numbers(clip):
+    """Frame numbers of a (3, P, H, W) clip, None where it is all black."""
+    left, right = (((clip[1, :, :, c].mean(1) + 1) * 127.5 // 16).int().tolist() for c in (24, 72))
+    return [None if (clip[:, n] == -1).all() else left[n] * 16 + right[n] for n in range(clip.shape[1])]
+
+
+@pytest.mark.parametrize("fps, step", [(12, 1), (16, 1), (24, 2), (25, 2), (30, 2), (40, 2), (60, 4)])
+def test_pose_sampling(tmp_path, fps, step):
+    numbered_video(tmp_path / "a.mp4", 40, fps)
+    every = list(range(0, 40, step))[:10]
+    assert numbers(load_pose(tmp_path / "a.mp4", 10, SIZE)) == every
+    assert numbers(load_pose(tmp_path / "a.mp4", 4, SIZE, first=3)) == every[3:7]
+
+
+def test_pose_that_ends_early(tmp_path, caplog):
+    numbered_video(tmp_path / "a.mp4", 20, 16)
+    assert numbers(load_pose(tmp_path / "a.mp4", 10, SIZE, first=10)) == list(range(10, 20)) and not caplog.messages
+    for first, got, warnings in ((16, [16, 17, 18, 19, None], 1), (20, [None] * 5, 1), (25, [None] * 5, 0)):      # said once, where it ends
+        assert numbers(load_pose(tmp_path / "a.mp4", 5, SIZE, first=first)) == got
+        assert len(caplog.messages) == warnings and all("ends after 20 frames" in line for line in caplog.messages)
+        caplog.clear()
+
+
+def test_pose_is_a_video(tmp_path):
+    click_file(tmp_path / "a.wav", [])
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    for name, says in (("a.wav", "wanted a pose video"), ("a.mp4", "no video or sound"), ("b.mp4", "not found")):
+        with pytest.raises(ValueError, match=says):
+            load_pose(tmp_path / name, 4, SIZE)
+
+
+def test_limits_are_checked_before_decoding():
+    assert pictures.MAX_PIXELS < 2 * Image.MAX_IMAGE_PIXELS      # else Pillow's own, wordier error comes first
