@@ -393,7 +393,8 @@ def open_checkpoint(folder, files=()):
     """
     folder, singles = Path(folder), open_singles(files)
     if not folder.is_dir():
-        raise ValueError(f"wanted a checkpoint folder, got {folder}, which is {'a file' if folder.exists() else 'not there'}")
+        what = "a file: give the folder of the other components first" if folder.exists() else "not there"
+        raise ValueError(f"wanted a checkpoint folder, got {folder}, which is {what}")
     if (folder / "config.json").is_file() and "task" in read_json(folder / "config.json"):
         return open_converted(folder, singles)
     if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():

@@ -52,7 +52,7 @@ def merge(checkpoint, loras, device):
     """The Checkpoint with LoRAs added.  loras ["[high=|low=]FILE[:SCALE]", ...], as on the command line"""
     changes = {name: [] for name in checkpoint.experts}
     for given in loras:
-        expert, path, scale = re.fullmatch(r"(?:(high|low)=)?(.+?)(?::([-+]?[\d.]+(?:[eE][-+]?\d+)?))?", given).groups()
+        expert, path, scale = re.fullmatch(r"(?:(high|low)=)?(.*?)(?::([-+]?[\d.]+(?:[eE][-+]?\d+)?))?", given).groups()
         wanted = [name for name in checkpoint.experts if expert is None or name == f"denoiser_{expert}"]
         if not wanted:
             raise ValueError(f"--lora {given}: {checkpoint.task} has one denoiser: leave out {expert}=")

@@ -67,7 +67,7 @@ def quantize_weight(weight, rows=256):
 def quantized(tensors, device="cpu"):
     """A denoiser's tensors -> the same with float8 weights and their scales, which are made when they are read.
 
-    tensors  {name: Entry} with fields shape, dtype and read (convert_weights.py)        device  where to compute
+    tensors  {name: Entry} with fields shape, dtype and read (checkpoints.py)        device  where to compute
     """
     pair = lru_cache(maxsize=1)(lambda name: quantize_weight(tensors[name].read().to(device)))   # weight, then its scale: computed once
     out = {}

@@ -51,11 +51,11 @@ def places(config):
     """{a layer's name in a foreign layout, also with _ for every dot: our name of the layer}; None for a name that means two layers."""
     out = {}
     for name in checkpoints.parameter_shapes("denoiser", config):
-        ours, _, last = name.rpartition(".")
+        ours = name.rpartition(".")[0]
         for rules in (names.official_rules("denoiser", config), names.DENOISER_DIFFUSERS):
             if theirs := names.rename(name, names.inverse(rules)):
                 layer = theirs.rpartition(".")[0]
-                for spelling in {layer, layer.replace(".", "_")}:
+                for spelling in {layer, layer.replace(".", "_")} - {""}:
                     out[spelling] = ours if out.get(spelling, ours) == ours else None
     return out
 

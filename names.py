@@ -1,4 +1,5 @@
-"""What other layouts call things: tensors, and fields of config.json. The only file that knows foreign names.
+"""What other layouts call things: tensors, and fields of config.json. The only file that knows the
+foreign names of checkpoints; lora.py has what LoRA files put around them.
 
 A component (denoiser, vae, text, audio) is described by one table, their name -> our name. What a file holds is told by its keys.
 
@@ -255,8 +256,8 @@ SCALES = ("scale_weight", "weight_scale")                    # ComfyUI until 202
 MARKS = ("scale_input", "input_scale")                       # for activations, which are scaled per token here
 FLAG = "scaled_fp8"                                          # a key of its own: its dtype is the weights' dtype, which they say themselves
 FORMAT = "comfy_quant"                                       # JSON in bytes, {"format": ...}; in newer files in the header instead
-COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # multiplied out there: its own kernels know no row scales
 HEADER = "_quantization_metadata"                            # {"layers": {name: {"format": ...}}}
+COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # what we write: to be multiplied out, row by row
 
 
 def check_format(path, name, text):
@@ -270,9 +271,13 @@ def check_format(path, name, text):
 
 
 def check_header(path, metadata):
-    if HEADER in metadata:
-        for name, fields in json.loads(metadata[HEADER]).get("layers", {}).items():
-            check_format(path, name, json.dumps(fields))
+    """`check_format` of every layer that a safetensors header describes."""
+    try:
+        layers = json.loads(metadata.get(HEADER, "{}")).get("layers", {}).items()
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path}: {HEADER} in the header is not JSON: download the file again") from None
+    for name, fields in layers:
+        check_format(path, name, json.dumps(fields))
 
 
 # ------------------------------------------------------------------------------------------------------------ foreign configs
@@ -417,8 +422,9 @@ def diffusers_fields(kind, config):
     table = {"denoiser": FIELDS_DIFFUSERS, "vae": FIELDS_VAE_DIFFUSERS, "text": FIELDS_TEXT}[kind]
     fields = {theirs: getattr(config, ours) for theirs, ours in table.items()}
     if kind == "denoiser":
-        return {"_class_name": "WanTransformer3DModel"} | fields | SCOPE_DIFFUSERS | {"attention_head_dim": config.dim // config.n_head,
-                                                                                     "rope_max_seq_len": 1024}
+        fields |= {name: value for name, value in SCOPE_DIFFUSERS.items() if value is not None}
+        fields |= {"attention_head_dim": config.dim // config.n_head, "rope_max_seq_len": 1024}
+        return {"_class_name": "WanTransformer3DModel"} | fields
     if kind == "text":
         return {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | fields | {
             "d_kv": config.dim_attn // config.n_head, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128,

@@ -80,7 +80,7 @@ def footprint(layouts, resident):
 def split(tensors, dtype_of):
     """Tell the blocks' tensors from the others, by headers alone.
 
-    tensors  {name: Entry}, from convert_weights.py        dtype_of  function (name, Entry) -> dtype in which the parameter is kept
+    tensors  {name: Entry}, from checkpoints.py        dtype_of  function (name, Entry) -> dtype in which the parameter is kept
     returns  (places, bytes) of each block, {name inside the block: Entry} of each block, {name: Entry} of the rest
     """
     rest = {name: entry for name, entry in tensors.items() if not name.startswith("blocks.")}

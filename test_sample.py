@@ -16,6 +16,7 @@ import convert_weights as convert
 import fake_checkpoint
 import sample
 import wan_s2v
+from checkpoints import SAMPLING
 from sampling import Experts
 from vae import VAE22
 from video import probe
@@ -228,7 +229,7 @@ def test_finished_clips_are_kept(tmp_path, monkeypatch, capsys, failure):
 
 
 def test_options_are_checked_without_files():
-    sampling = convert.SAMPLING["s2v-14B"]
+    sampling = SAMPLING["s2v-14B"]
     assert Options().resolve(sampling).guidance == (4.5,)
     with pytest.raises(ValueError, match="multiple of 4"):
         Options(clip_frames=6).resolve(sampling)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vae import VAE, VAE22, VAEConfig, convolve, cut_strips, new_past, peak_bytes, regroup
+from vae import VAE, VAE22, VAEConfig, convolve, cut_strips, new_past, peak_bytes, regroup, stream_bytes
 
 TINY = {"wan2.1": VAEConfig(dim=8, dec_dim=8, num_res_blocks=1), "wan2.2": replace(VAE22, dim=8, dec_dim=8, num_res_blocks=1)}
 TOLERANCE = 1e-5   # float32 rounding through some 40 convolutions of values around 1; where it is exactly 0 depends on the CPU
@@ -86,8 +86,6 @@ def test_bfloat16(vae):
     gaps = gap(vae.encode(video), latents), gap(vae.decode(z), pixels)
     print(f"bfloat16: encode, decode max |difference| {gaps}")
     assert max(gaps) < 0.1
-    huge = torch.full((1, 1, 2, 2, vae.config.dec_dim * 4), 1e20, dtype=torch.bfloat16)          # its square is no bfloat16 number
-    assert vae.decoder.middle.attention.norm(huge).float().sub(1).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("cuts", [[1] * 17, [2, 15], [7, 0, 1, 9]])
@@ -144,7 +142,7 @@ def test_bad_input(vae):
         vae.encode(video[:, :, :, 1:])
     with pytest.raises(ValueError, match="1 latent frame or more, got 0"):
         vae.decode(z, chunk=0)
-    for tiles in (0, 4):
+    for tiles in (-1, 4):
         with pytest.raises(ValueError, match=f"3 x 2 latents can be cut into 1 to 3 tiles, got {tiles}"):
             vae.decode(z, tiles=tiles)
     with pytest.raises(ValueError, match="wants 8 .z_dim. values"):
@@ -212,18 +210,19 @@ def test_constant_memory(vae):
 @pytest.mark.parametrize("H, W, chunk, tiles", [(3, 5, 1, 1), (2, 4, 2, 1), (1, 30, 1, 3)])
 def test_peak_bytes(vae, decode, H, W, chunk, tiles):
     """Against a count of what is alive; with tiles, of the network on its hungriest strip."""
-    cfg = replace(vae.config, dim=32, dec_dim=16)
+    cfg = replace(vae.config, dim=32, dec_dim=32)
     vae, (_, s, _), rng = VAE(cfg), vae.stride, torch.Generator().manual_seed(1)
     net = vae.decoder if decode else vae.encoder
     z, video = torch.randn(1, cfg.z_dim, 1 + 2 * chunk, H, W, generator=rng), torch.zeros(1, 3, 1 + 8 * chunk, H * s, W * s)
     with Memory() as memory, torch.no_grad():
         if tiles == 1:
-            list(vae.decode_stream([z], chunk) if decode else vae.encode_stream([video], chunk))
+            for _ in vae.decode_stream([z], chunk) if decode else vae.encode_stream([video], chunk):
+                pass
         else:
-            past = new_past(net)
+            past = new_past(net) if decode else new_past(net.conv_in, net.stages)
             for x in regroup([z if decode else video], chunk if decode else 4 * chunk):
                 x = net.whole(x, past) if decode else x.movedim(1, -1)
                 x = net.local(x, past, cut_strips(H, W, tiles)[tiles // 2])
-    expected = peak_bytes(cfg, decode, H * s, W * s, chunk, tiles, torch.float32)
+    expected = stream_bytes(cfg, H, W, tiles, torch.float32, chunk, decode)
     print(f"{W} x {H} latents, chunk {chunk}, {tiles} tiles: {memory.peak} bytes, expected {expected}: {expected / memory.peak:.2f}")
-    assert 0.9 <= expected / memory.peak <= 1.2
+    assert 0.9 <= expected / memory.peak <= 1.2 and expected <= peak_bytes(cfg, H, W, tiles, torch.float32, chunk)

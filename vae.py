@@ -437,16 +437,17 @@ class VAE(nn.Module):
     def __init__(self, config=VAEConfig()):
         super().__init__()
         self.config = config
+        self.tiles = 1                        # for encode and decode that are not told otherwise
         self.stride = config.stride
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def encode(self, video, chunk=None, tiles=1):
+    def encode(self, video, chunk=None, tiles=None):
         """Video to normalised latents: the mean of the latent distribution, nothing is drawn.
 
         video    (B, 3, P, h, w) float in [-1, 1]; P = 1 + 4n, h and w multiples of the stride (8, or 16 for Wan2.2)
         chunk    latent frames computed together: changes memory and a little speed, not the result; by default 1 on a GPU, 2 on a CPU
-        tiles    strips worked on one after the other: less memory, some more work, the same result within rounding
+        tiles    strips worked on one after the other: less memory, some more work, the same result within rounding; by default self.tiles
         returns  (B, z_dim, 1 + n, h/8, w/8) float32
         raises   ValueError for another frame count or size
         source   official 2.1 L516-542, L647, where the last (P - 1) % 4 frames are dropped in silence
@@ -454,7 +455,7 @@ class VAE(nn.Module):
         self.check_frames(video.shape[2])     # the stream could only say so at its end
         return torch.cat(list(self.encode_stream([video], chunk, tiles)), dim=2)
 
-    def decode(self, latents, chunk=None, tiles=1):
+    def decode(self, latents, chunk=None, tiles=None):
         """Normalised latents to video.
 
         latents  (B, z_dim, T, H, W)
@@ -465,7 +466,7 @@ class VAE(nn.Module):
         return torch.cat(list(self.decode_stream([latents], chunk, tiles)), dim=2)
 
     @torch.no_grad()
-    def encode_stream(self, pieces, chunk=None, tiles=1):
+    def encode_stream(self, pieces, chunk=None, tiles=None):
         """encode() for one video that comes as an iterable of (B, 3, any, h, w) pieces: a generator of latents, in constant memory.
 
         With more than one tile all pieces are read before the first latent comes, and wait in host memory; the device's stays constant.
@@ -473,12 +474,12 @@ class VAE(nn.Module):
         """
         net, (mean, std) = self.encoder, self.moments()
         past = new_past(net.middle, net.conv_out)
-        for x in in_strips(net, [net.conv_in, net.stages], self.checked(pieces, self.stride[0] * self.chunk(chunk)), tiles):
+        for x in in_strips(net, [net.conv_in, net.stages], self.checked(pieces, self.stride[0] * self.chunk(chunk)), tiles or self.tiles):
             mu, _ = net.whole(x.to(mean.device), past).float().chunk(2, dim=1)
             yield ((mu - mean) / std).contiguous()
 
     @torch.no_grad()
-    def decode_stream(self, pieces, chunk=None, tiles=1):
+    def decode_stream(self, pieces, chunk=None, tiles=None):
         """decode() for latents that come as an iterable of (B, z_dim, any, H, W) pieces: a generator of frames, in constant memory.
 
         With more than one tile the whole video is decoded into host memory before its first frames come; the device's stays constant.
@@ -486,7 +487,7 @@ class VAE(nn.Module):
         net, (mean, std) = self.decoder, self.moments()
         past = new_past(net.conv_in, net.middle)
         middle = (net.whole((z.to(mean) * std + mean).to(net.conv_in.weight), past) for z in regroup(pieces, self.chunk(chunk)))
-        for x in in_strips(net, [net.stages, net.conv_out], middle, tiles):
+        for x in in_strips(net, [net.stages, net.conv_out], middle, tiles or self.tiles):
             yield x.to(mean).clamp(-1, 1).movedim(-1, 1).contiguous()
 
     def chunk(self, chunk):
@@ -516,31 +517,35 @@ class VAE(nn.Module):
             raise ValueError(f"vae.encode takes 1 + {t}n frames, got {P}: trim to {lo} or pad to {lo + t}")
 
 
-def peak_bytes(config, decode, height, width, chunk=1, tiles=1, dtype=torch.bfloat16):
-    """About the most bytes that decode_stream (or encode_stream) holds on the device for one height x width video.
+def peak_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
+    """About the most bytes that encoding or decoding a video of H x W latents takes on a device, whichever is more.
 
-    Not counted: the weights, what the caller holds and the work space of convolution kernels. Held throughout: two frames in front of
-    each causal convolution. For a moment: what the hungriest residual block, or doubling of the picture, works on.
+    Not counted: the weights, what the caller holds and the work space of convolution kernels.
     """
+    return max(stream_bytes(config, H, W, tiles, dtype, chunk, decode) for decode in (False, True))
+
+
+def stream_bytes(config, H, W, tiles, dtype, chunk, decode):
+    """Held throughout: two frames in front of each causal convolution. For a moment: what the hungriest residual block, or doubling
+    of the picture, works on. Beside them a chunk of video."""
     with torch.device("meta"):
         net = VAE(config).decoder if decode else VAE(config).encoder
-    H, W = height // config.stride[1], width // config.stride[2]
-    strips, full = cut_strips(H, W, tiles), 2 ** len(config.temporal_downsample)
+    strips, full, frames = cut_strips(H, W, tiles), 2 ** len(config.temporal_downsample), chunk * config.stride[0]
     n, scale, halos = chunk, 1, config.decoder_halos
     if not decode:
-        n, scale, halos = chunk * config.stride[0], full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
+        n, scale, halos = frames, full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
     held, live = 10 * H * W * net.middle.block1.conv1.in_channels, []             # the five convolutions that see all of the picture
     for stage, halo in zip(net.stages, halos):
-        longest = max(stop - start for start, stop in (strip.span(scale, halo) for strip in strips))
-        pixels = min(H, W) * scale * longest
+        pixels = min(H, W) * scale * max(stop - start for start, stop in (strip.span(scale, halo) for strip in strips))
         c_in, C, time = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels, getattr(stage.resample, "time", None)
         looking_back = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
         looking_back += [net.conv_out if decode else net.conv_in] if scale == full else []
         held += 2 * pixels * sum(layer.in_channels for layer in looking_back)
-        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # the stage's input; a block's, normed, with its past, output
+        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, the same normed, with its past; output
+        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same, and the stage's input
         if decode and stage.resample:
             n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
             live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
         elif stage.resample:
             n, scale = n // (2 if time else 1), scale // 2
-    return (held + max(live)) * dtype.itemsize
+    return (held + max(live)) * dtype.itemsize + 4 * 3 * H * W * config.stride[1] ** 2 * frames // tiles   # the video is float32
