@@ -16,14 +16,11 @@ import torch.nn.functional as F
 import fp8
 import offload
 from model import Denoiser, attention, attention_backend
-try:
-    from vae import peak_bytes
-except ImportError:
-    def peak_bytes(config, H, W, tiles=1, dtype=None): return 0
+from vae import peak_bytes
 
 GIB = 2 ** 30
 USABLE = 0.9                 # of a card's memory: the rest goes to the CUDA context and a desktop
-OVERHEAD = 1.0 * GIB         # workspaces of cuBLAS and cuDNN, what the allocator cannot use
+OVERHEAD = 1.1 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 had 0.65 in a step, 1.1 in the first one
 SPAN = 8192                  # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.5 * GIB
 
@@ -105,6 +102,7 @@ def device_limit(device, vram=None):
     """Bytes of device memory that a run may take. vram: GiB of a card to rehearse, made binding for this process. None on a CPU."""
     if device.type != "cuda":
         return None
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     free, total = torch.cuda.mem_get_info(device)
     limit = int(0.97 * free)
     if vram is not None:
@@ -145,9 +143,9 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
     if text_peak > limit:
         text_resident = 0
         text_peak = weight_bytes(text, chosen, 0)[0] + TEXT_ACTIVATIONS
-    tiles, vae_peak = vae_tiles(checkpoint.configs["vae"], H, W, chosen, limit - weights)
+    tiles, vae_peak = vae_tiles(checkpoint.configs["vae"], H, W, chosen, limit - weights - OVERHEAD)
     chosen = replace(chosen, text_resident=text_resident, tiles=tiles)
-    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), int(weights + vae_peak), (n if resident is None else resident, n))
+    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), int(weights + vae_peak + OVERHEAD), (n if resident is None else resident, n))
 
 
 def vae_tiles(config, H, W, machine, room):

@@ -40,7 +40,7 @@ def test_shapes(vae):
 def test_chunks_equal_one_pass(vae):
     video, z = inputs(vae)
     latents, pixels = vae.encode(video, chunk=99), vae.decode(z, chunk=99)
-    for chunk in (1, 2, 3):
+    for chunk in (1, 3):
         gaps = gap(vae.encode(video, chunk), latents), gap(vae.decode(z, chunk), pixels)
         print(f"chunk {chunk}: encode, decode max |difference| {gaps}, tolerance {TOLERANCE}")
         assert max(gaps) <= TOLERANCE
@@ -54,12 +54,11 @@ def test_tiles_equal_one(vae, H, W, tiles):
     video, z = torch.rand(1, 3, 9, H * s, W * s, generator=rng) * 2 - 1, torch.randn(1, vae.config.z_dim, 3, H, W, generator=rng)
     latents, pixels = vae.encode(video), vae.decode(z)
     assert pixels.abs().lt(1).float().mean() > 0.9                                # clamping does not hide a difference
-    for chunk in (1, 2):
-        gaps = gap(vae.encode(video, chunk, tiles), latents), gap(vae.decode(z, chunk, tiles), pixels)
-        print(f"{W} x {H} latents, {tiles} tiles, chunk {chunk}: encode, decode max |difference| {gaps}, tolerance {TOLERANCE}")
-        assert max(gaps) <= TOLERANCE
-    pieces = [p.shape[2] for p in vae.decode_stream(iter(z.split([2, 1], dim=2)), 1, tiles)]
-    assert pieces == [1, 4, 4] and sum(vae.encode_stream(iter([video]), 1, tiles)).isfinite().all()
+    frames = list(vae.decode_stream(iter(z.split([2, 1], dim=2)), 1, tiles))
+    vae.tiles = tiles                         # what encode does when not told
+    gaps = gap(vae.encode(video), latents), gap(torch.cat(frames, dim=2), pixels)
+    print(f"{W} x {H} latents, {tiles} tiles: encode, decode max |difference| {gaps}, tolerance {TOLERANCE}")
+    assert max(gaps) <= TOLERANCE and [x.shape[2] for x in frames] == [1, 4, 4]
 
 
 def test_halos_are_what_the_layers_see(vae):
@@ -78,14 +77,17 @@ def test_halos_are_what_the_layers_see(vae):
     assert 16 * s - seen[0] <= halo * s and (halo - 1) * s < seen[-1] + 1 - 17 * s <= halo * s
 
 
-def test_bfloat16(vae):
-    """Norms and softmax in float32, rounding to 8 bits in between: float32 out, and near the float32 result."""
+def test_half_precision(vae):
+    """Norms and softmax in float32, rounding to 8 or 11 bits in between: float32 out, and near the float32 result."""
     video, z = inputs(vae, P=5)
     latents, pixels = vae.encode(video), vae.decode(z)
-    vae.to(torch.bfloat16)
-    gaps = gap(vae.encode(video), latents), gap(vae.decode(z), pixels)
-    print(f"bfloat16: encode, decode max |difference| {gaps}")
-    assert max(gaps) < 0.1
+    for dtype, tolerance in ((torch.float16, 0.01), (torch.bfloat16, 0.08)):
+        vae.to(dtype)
+        gaps = gap(vae.encode(video), latents), gap(vae.decode(z), pixels)
+        print(f"{dtype}: encode, decode max |difference| {gaps}, tolerance {tolerance}")
+        assert max(gaps) < tolerance
+        zeros = torch.zeros(1, 1, 2, 2, vae.config.dec_dim * 4, dtype=dtype)
+        assert vae.decoder.middle.attention.norm(zeros).eq(0).all()
 
 
 @pytest.mark.parametrize("cuts", [[1] * 17, [2, 15], [7, 0, 1, 9]])
@@ -207,7 +209,7 @@ def test_constant_memory(vae):
 
 
 @pytest.mark.parametrize("decode", [True, False])
-@pytest.mark.parametrize("H, W, chunk, tiles", [(3, 5, 1, 1), (2, 4, 2, 1), (1, 30, 1, 3)])
+@pytest.mark.parametrize("H, W, chunk, tiles", [(2, 4, 2, 1), (1, 30, 1, 3)])
 def test_peak_bytes(vae, decode, H, W, chunk, tiles):
     """Against a count of what is alive; with tiles, of the network on its hungriest strip."""
     cfg = replace(vae.config, dim=32, dec_dim=32)

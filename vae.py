@@ -244,7 +244,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) * x.shape[-1] ** -0.5
-        return (x / rms.clamp_min(1e-12).to(x.dtype)).mul_(self.gamma.flatten())
+        least = max(1e-12, torch.finfo(x.dtype).tiny)                             # where all channels are 0, 0 comes out in float16 too
+        return (x / rms.clamp_min(least).to(x.dtype)).mul_(self.gamma.flatten())
 
 
 class ResBlock(nn.Module):
@@ -541,8 +542,8 @@ def stream_bytes(config, H, W, tiles, dtype, chunk, decode):
         looking_back = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
         looking_back += [net.conv_out if decode else net.conv_in] if scale == full else []
         held += 2 * pixels * sum(layer.in_channels for layer in looking_back)
-        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, the same normed, with its past; output
-        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same, and the stage's input
+        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, normed, with its past; output
+        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same beside the stage's input
         if decode and stage.resample:
             n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
             live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
