@@ -178,6 +178,7 @@ def random_network(kind, configs, device, dtype):
 def bench_vae(args, configs, device, shape, decode):
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.vae_dtype]
     vae, (T, H, W) = random_network("vae", configs, device, dtype), shape
+    vae.tiles = args.tiles
     st, sh, sw = vae.stride
     if decode:
         x = torch.randn(1, vae.config.z_dim, T + 19, H, W, device=device)
@@ -190,7 +191,7 @@ def bench_vae(args, configs, device, shape, decode):
         torch.cuda.reset_peak_memory_stats(device)
     median, least, most = seconds(run, device, args.repeats)
     gpu, host = memory_used(device)
-    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}: {median:.2f} s ({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
+    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}, {args.tiles} tile{'s' * (args.tiles > 1)}: {median:.2f} s ({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
 
@@ -230,6 +231,7 @@ def parser():
     p.add_argument("--chunk", type=int, help="longest span of tokens worked on at once (default: none)")
     p.add_argument("--branches", type=int, choices=(1, 2), default=1, help="guidance branches in one loop over the blocks (default 1)")
     p.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--tiles", type=int, default=1, help="spatial tiles of the VAE (default 1)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
     p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward too")
