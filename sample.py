@@ -60,6 +60,7 @@ def parser():
     """The command line. A default of None is the checkpoint's own value, named in the help."""
     p = argparse.ArgumentParser(description="One picture and one sound become one video; with other checkpoints a prompt, or a picture.", epilog=EXAMPLES,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = one_line
     g = p.add_argument_group("what goes in")
     g.add_argument("--audio", metavar="FILE", help="speech or song: wav, flac, ogg, mp3, m4a, aac, opus, webm or a video's sound (S2V: required)")
     g.add_argument("--image", metavar="FILE", help="reference picture: who or what is seen (S2V, I2V: required; TI2V: may be given)")
@@ -98,6 +99,11 @@ def parser():
     g.add_argument("--resident", type=int, metavar="N", help="blocks that stay on the GPU, the others are streamed (default: as many as fit)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, from 5 steps on)")
     return p
+
+
+def one_line(message):
+    """In place of argparse's error: no usage, one line (see cli)."""
+    raise ValueError(f"{message} (see --help)")
 
 
 class Progress:

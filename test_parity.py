@@ -11,6 +11,7 @@ NAME.safetensors (what the official code answered, float32 on a CPU). golden/SPE
 weights are all read from the JSON.
 """
 import argparse
+import dataclasses
 import json
 import math
 import re
@@ -160,6 +161,7 @@ def dit(meta, golden):
 
 def dit_s2v(meta, golden):
     net, call = network(meta["modules"]["model"]), meta["calls"]["out"]
+    net.cfg = dataclasses.replace(net.cfg, motion_frames=call["motion_frames"][0])
     x, t, text, ref, motion, pose, audio = (argument(meta, call[name]) for name in (
         "x", "t", "context", "ref_latents", "motion_latents", "cond_states", "audio_input"))
     shape, motion_kept = x[0].shape[1:], None if call["drop_motion_frames"] else motion
@@ -345,7 +347,9 @@ def pipeline_s2v(meta, golden):
     options = Options(steps=call["sampling_steps"], shift=call["shift"], guidance=(call["guide_scale"],), solver=call["sample_solver"],
                       clip_frames=n, start_from_ref=call["init_first_frame"])
     inputs = ClipInputs(value(meta, "context")[None], value(meta, "context_null")[None], value(meta, "audio_emb"),
-                        fit_picture(reference, size, official=True)[None, :, None], lambda clip: value(meta, f"noise_{clip}")[None], pose)
+                        fit_picture(reference, size, official=True)[None, :, None], lambda clip: value(meta, f"noise_{clip}")[None], pose,
+                        call["motion_frames"])
+    net.net.cfg = dataclasses.replace(net.net.cfg, motion_frames=call["motion_frames"])
     experts = Experts(["denoiser"], None, lambda name: net)
     frames = list(make_clips(inputs, coder, experts, options, call["num_repeat"], Stages(), lambda clip, steps: steps))
     encoded, velocities = coder.results("encode"), net.results("velocities")
@@ -459,6 +463,10 @@ def test_golden(path, record_property):
     for row in rows:
         record_property("parity", str(row))                          # conftest.py prints them
     assert rows and all(row.ok for row in rows)
+
+
+def test_the_boundary_itself_belongs_to_the_high_noise_expert():
+    assert [expert_index(t, 0.875) for t in (876, 875, 874)] == [0, 0, 1] and expert_index(900, 0.9) == 0 and expert_index(0, None) == 0
 
 
 def main():

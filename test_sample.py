@@ -177,10 +177,8 @@ def test_bad_arguments(tmp_path, capsys, monkeypatch, changes, words):
 
 
 @pytest.mark.parametrize("text", ["0x100", "axb", "100", "-5x5"])
-def test_bad_size(tmp_path, text):
-    with pytest.raises(SystemExit) as stop:
-        sample.cli(["--audio", VOICE, "--image", FACE, "--size", text])
-    assert stop.value.code == 2
+def test_bad_size(tmp_path, capsys, text):
+    refused(tmp_path, capsys, ["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), f"--size={text}"], "--size", text)
 
 
 def test_bad_combinations(tmp_path, capsys, tiny):

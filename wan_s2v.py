@@ -32,7 +32,6 @@ from video import VideoWriter, load_pose, probe
 
 FPS = 16
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
-MOTION_FRAMES = 73           # pixel frames of the past that a clip sees: 19 latents
 REF_MOTION_FRAMES = 6        # start_from_ref: how many of the motion frames are the reference picture (official L506)
 MAX_CLIP_FRAMES = 120        # 30 latent frames have RoPE times 0..29; the reference picture has 30 and must not be met
 
@@ -241,7 +240,8 @@ class WanS2VPipeline:
             picture = fit_picture(load_image(o.image), (plan.height, plan.width)).to(machine.device)[None, :, None]
         shape, experts = (1, vae.config.z_dim, *plan.latent_shape), load_experts(self.checkpoint, machine)
         inputs = ClipInputs(text, negative, audio, picture, pose=lambda clip: self.encode_pose(vae, plan, clip),
-                            noise=lambda clip: draw_noise(shape, o.seed + clip, machine.device, machine.dtype))  # bf16 noise as official L571
+                            noise=lambda clip: draw_noise(shape, o.seed + clip, machine.device, machine.dtype),  # bf16 as official L571
+                            motion_frames=self.checkpoint.configs["denoiser"].motion_frames)
         left = plan.frames
         for frames in make_clips(inputs, vae, experts, o, plan.clips, stage, progress):
             yield frames[0, :, :left].float().cpu()
@@ -285,6 +285,7 @@ class ClipInputs:
     picture: torch.Tensor        # (1, 3, 1, height, width) in [-1, 1]
     noise: Callable              # clip number -> (1, z, T, H, W)
     pose: Callable = lambda clip: None   # clip number -> pose latents (1, z, T, H, W) or None
+    motion_frames: int = 73      # pixel frames of the past that a clip sees: 19 latents
 
 
 def decode_behind(vae, lead, latents, n):
@@ -301,7 +302,7 @@ def make_clips(inputs, vae, experts, options, clips, stage, progress):
     o, n, picture = options, options.clip_frames, inputs.picture
     with stage("picture"):
         ref = vae.encode(picture)                                    # (1, z, 1, H, W)
-        history = torch.zeros_like(picture).repeat(1, 1, MOTION_FRAMES, 1, 1)                # mid grey before the first clip
+        history = torch.zeros_like(picture).repeat(1, 1, inputs.motion_frames, 1, 1)         # mid grey before the first clip
         if o.start_from_ref:
             history[:, :, -REF_MOTION_FRAMES:] = picture
         motion = vae.encode(history)                                 # (1, z, 19, H, W)
@@ -322,7 +323,7 @@ def make_clips(inputs, vae, experts, options, clips, stage, progress):
         yield frames
         if clip + 1 < clips:
             with stage("motion"):                                    # as floats: 8 bits in between are seen as decay
-                history = torch.cat([history.cpu(), frames], dim=2)[:, :, -MOTION_FRAMES:]
+                history = torch.cat([history.cpu(), frames], dim=2)[:, :, -inputs.motion_frames:]
                 motion = vae.encode(history.to(picture.device))
 
 
@@ -364,7 +365,7 @@ def draw_noise(shape, seed, device, dtype):
 def run_dtype(wanted, device):
     """The dtype of the linear layers: float32 on a CPU, bfloat16 on a GPU unless float32 is asked for."""
     if wanted == torch.float16:
-        print("warning: float16 overflows in this model family; running in bfloat16", file=sys.stderr)
+        print("warning: float16 overflows in this model family; running in bfloat16, on a CPU in float32", file=sys.stderr)
     if device.type == "cpu" or wanted == torch.float32:
         return torch.float32
     return torch.bfloat16
