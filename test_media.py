@@ -410,3 +410,9 @@ def test_pose_is_a_video(tmp_path):
 
 def test_limits_are_checked_before_decoding():
     assert pictures.MAX_PIXELS < 2 * Image.MAX_IMAGE_PIXELS      # else Pillow's own, wordier error comes first
+
+
+def test_ti2v_crop_drops_the_odd_column_on_the_right():
+    wide = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 65, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.array(wide)).permute(2, 0, 1) / 255
+    assert torch.equal(fit_ti2v(wide, (64, 64)), (pixels[:, :, :64] - 0.5) / 0.5)
