@@ -104,8 +104,9 @@ def bench_denoiser(args, configs, device, dtype, shape):
 
     def random(*size):
         return torch.randn(size, device=device, dtype=dtype)
-    cond = net.prepare(shape, random(1, 60, cfg.text_dim), random(1, cfg.audio_states, cfg.audio_dim, 4 * T), random(1, cfg.out_dim, 1, H, W),
-                       random(1, cfg.out_dim, 19, H, W), chunk=args.chunk)
+    ref, motion = random(1, cfg.out_dim, 1, H, W), random(1, cfg.out_dim, 19, H, W)
+    audio = random(1, cfg.audio_states, cfg.audio_dim, 4 * T)
+    cond = net.prepare(shape, random(1, 60, cfg.text_dim), audio, ref, motion, chunk=args.chunk)
     if args.resident is not None:
         cond = replace(cond, layers=HostLayers(cond.layers))
     conds = (cond, cond) if args.branches == 2 else (cond,)
@@ -127,8 +128,8 @@ def bench_denoiser(args, configs, device, dtype, shape):
     gpu = max(whole, steady)
     print(f"denoiser   {tokens:,} tokens, {median:.3f} s per forward ({least:.3f} to {most:.3f}; first call {first:.1f} s), "
           f"{(linear + attn) / median / 1e12:.0f} TFLOP/s")
-    print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul:.0f} + {attn / 1e12:.0f} attention at {attend:.0f} TFLOP/s; "
-          f"reached {floor / median:.0%}")
+    print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul:.0f} + {attn / 1e12:.0f} attention at "
+          f"{attend:.0f} TFLOP/s; reached {floor / median:.0%}")
     print(f"           peak {gpu:.1f} GiB reserved on the GPU ({steady:.1f} after the first call), {host:.1f} GiB of host memory")
     if args.profile:
         profile(forward)
@@ -155,7 +156,8 @@ def bench_error(args, configs, device, shape):
     def gap(a, b):
         return float((a - b).norm() / b.norm())
     result = dict(bf16_against_float32=gap(half, full), fp8_against_bf16=gap(eight, half), fp8_against_float32=gap(eight, full))
-    print("error      " + ", ".join(f"{name.replace('_', ' ')} {value:.3%}" for name, value in result.items()) + " (relative L2 of the velocity)")
+    gaps = ", ".join(f"{name.replace('_', ' ')} {value:.3%}" for name, value in result.items())
+    print(f"error      {gaps} (relative L2 of the velocity)")
     return result
 
 
@@ -167,7 +169,8 @@ def profile(run):
     rows = sorted(p.key_averages(), key=lambda row: -row.self_device_time_total)
     total = sum(row.self_device_time_total for row in rows)
     for row in rows[:18]:
-        print(f"           {row.self_device_time_total / total:6.1%} {row.self_device_time_total / 1e3:9.1f} ms {row.count:6d}x  {row.key[:100]}")
+        spent = row.self_device_time_total
+        print(f"           {spent / total:6.1%} {spent / 1e3:9.1f} ms {row.count:6d}x  {row.key[:100]}")
 
 
 def random_network(kind, configs, device, dtype):
@@ -191,7 +194,8 @@ def bench_vae(args, configs, device, shape, decode):
         torch.cuda.reset_peak_memory_stats(device)
     median, least, most = seconds(run, device, args.repeats)
     gpu, host = memory_used(device)
-    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}, {args.tiles} tile{'s' * (args.tiles > 1)}: {median:.2f} s ({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
+    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}, {args.tiles} tile{'s' * (args.tiles > 1)}: {median:.2f} s "
+          f"({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
 
@@ -250,7 +254,8 @@ def main(args):
           f"{', fp8' * args.fp8}{', compiled' * args.compile}")
     if args.vram:
         torch.cuda.set_per_process_memory_fraction(args.vram * USABLE * GIB / torch.cuda.get_device_properties(device).total_memory, device)
-    runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape), "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
+    runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape),
+            "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
             "vae-encode": lambda: bench_vae(args, configs, device, shape, False), "text": lambda: bench_text(args, configs, device, dtype),
             "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
     with torch.no_grad():
@@ -259,9 +264,9 @@ def main(args):
             from parity_official import time_official
             result["official"] = time_official(args.against, configs["denoiser"], shape, device, dtype, args.repeats)
             o = result["official"]
+            faster = o["s_per_forward"] / result["dit"]["s_per_forward"]
             print(f"official   {o['s_per_forward']:.3f} s per forward, ours in turns with it, eager {dtype}: {o['ours_s_per_forward']:.3f} s "
-                  f"(ratio {o['ratio']:.2f}, relative L2 {o['rel_l2']:.1e}); the run above is {o['s_per_forward'] / result['dit']['s_per_forward']:.2f} "
-                  "times as fast as the official")
+                  f"(ratio {o['ratio']:.2f}, relative L2 {o['rel_l2']:.1e}); the run above is {faster:.2f} times as fast as the official")
     print(json.dumps(dict(gpu=name, torch=torch.__version__, commit=commit(), argv=sys.argv[1:], **result)))
 
 

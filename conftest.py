@@ -1,4 +1,4 @@
-"""pytest: one thread per worker (the tests are small, two workers share two cores); every parity gap is printed at the end, passed or not."""
+"""pytest: one thread per process (the tests are small, two processes share two cores); every parity gap is printed, passed or not."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

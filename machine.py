@@ -1,5 +1,5 @@
-"""What fits where: from a checkpoint's headers, the sizes of a video and the memory there is -> what stays on the GPU, what is streamed to it,
-what is worked on in pieces, and what all that will take. Arithmetic alone; nothing is loaded.
+"""What fits where: from a checkpoint's headers, the sizes of a video and the memory there is -> what stays on the GPU, what is streamed to
+it, what is worked on in pieces, and what all that will take. Arithmetic alone; nothing is loaded.
 
 The denoiser's peak is during self-attention. It holds   x (4 bytes per token and channel, once per guidance branch in the same loop),
 q, k, v and the attention output (8 bytes, one branch at a time),   its weights,   the text keys and values,   one span's intermediates.
@@ -68,8 +68,9 @@ class Fit:
         how = [f"{self.blocks[0]} of {self.blocks[1]} blocks resident" if m.short else "all blocks resident"]
         how += ["both guidance branches in one loop"] * m.one_loop + [f"{m.span} tokens at once"] * bool(m.span)
         how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.quantize + ["compiled"] * m.compiled
-        return (f"memory   {self.peak / GIB:.1f} of {self.limit / GIB:.1f} GiB on the GPU: denoiser {self.denoiser / GIB:.1f} (weights "
-                f"{self.weights / GIB:.1f}), text {self.text / GIB:.1f}, VAE {self.vae / GIB:.1f}; host {self.streamed / GIB:.1f} GiB pinned\n"
+        gib = {name: f"{getattr(self, name) / GIB:.1f}" for name in ("peak", "limit", "denoiser", "weights", "text", "vae", "streamed")}
+        return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}; "
+                "host {streamed} GiB pinned\n".format(**gib) +
                 f"         {', '.join(how)}")
 
 
@@ -136,8 +137,9 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
         if denoiser <= limit:
             break
     else:
+        in_fp8 = machine.quantize or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
         raise ValueError(f"{denoiser / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: choose a smaller --size, fewer "
-                         f"--clip-frames{'' if machine.quantize or any(e.dtype == torch.float8_e4m3fn for e in expert.tensors.values()) else ', --fp8'} or a card with more")
+                         f"--clip-frames{'' if in_fp8 else ', --fp8'} or a card with more")
     text_resident = None
     text_peak = weight_bytes(text, chosen, None)[0] + TEXT_ACTIVATIONS
     if text_peak > limit:
@@ -145,7 +147,8 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
         text_peak = weight_bytes(text, chosen, 0)[0] + TEXT_ACTIVATIONS
     tiles, vae_peak = vae_tiles(checkpoint.configs["vae"], H, W, chosen, limit - weights - OVERHEAD)
     chosen = replace(chosen, text_resident=text_resident, tiles=tiles)
-    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), int(weights + vae_peak + OVERHEAD), (n if resident is None else resident, n))
+    vae_peak = int(weights + vae_peak + OVERHEAD)
+    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), vae_peak, (n if resident is None else resident, n))
 
 
 def vae_tiles(config, H, W, machine, room):

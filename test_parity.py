@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 import checkpoints
 import names
 from audio import align_to_fps, frame_columns, hidden_states, normalise, resample_50_to_30
-from model import expert_index
+from model import attention, expert_index
 from pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
 from sampling import Experts, denoise, expert_guidance
 from solver import make_solver
@@ -467,6 +467,25 @@ def test_golden(path, record_property):
 
 def test_the_boundary_itself_belongs_to_the_high_noise_expert():
     assert [expert_index(t, 0.875) for t in (876, 875, 874)] == [0, 0, 1] and expert_index(900, 0.9) == 0 and expert_index(0, None) == 0
+
+
+def test_a_short_motion_history_has_zeros_in_front():
+    net = network(json.loads((GOLDEN / "dit_s2v_next.json").read_text())["modules"]["model"])
+    latents = torch.randn(1, 16, 5, 8, 8)
+    assert torch.equal(net.motion_tokens(latents), net.motion_tokens(torch.cat([torch.zeros(1, 16, 14, 8, 8), latents], dim=2)))
+
+
+def test_the_norm_before_audio_attention_has_its_own_eps():
+    """1e-5, as diffusers' AdaLayerNorm has it by default; seen only where activations are small, which no reference case has."""
+    net = network(json.loads((GOLDEN / "dit_s2v_next.json").read_text())["modules"]["model"])
+    inject, C = net.blocks[0].inject, net.cfg.dim
+    audio, adain, x = torch.randn(2, 1, 3, 5, 4, C // 4), torch.randn(2, 1, 3, 1, C), 1e-3 * torch.randn(1, 3 * 6, C)
+    frames = x.view(3, 6, C)
+    normal = (frames - frames.mean(-1, keepdim=True)) / (frames.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    wanted = x + inject.o(attention(inject.query(normal * (1 + adain[1, 0]) + adain[0, 0]), *audio[:, 0])).view_as(x)
+    row = compare("audio attention", "small activations", inject(x, audio, adain), wanted)
+    print(row)
+    assert row.ok
 
 
 def main():
