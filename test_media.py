@@ -416,3 +416,10 @@ def test_ti2v_crop_drops_the_odd_column_on_the_right():
     wide = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 65, 3), dtype=np.uint8))
     pixels = torch.from_numpy(np.array(wide)).permute(2, 0, 1) / 255
     assert torch.equal(fit_ti2v(wide, (64, 64)), (pixels[:, :, :64] - 0.5) / 0.5)
+
+
+def test_s2v_size_where_the_step_of_the_search_decides():
+    """Sizes of the official get_size_less_than_area; the usual quadratic formula in place of its own gives others."""
+    for (height, width, area), wanted in {(627, 2927, 720896): (384, 1792), (1710, 853, 901120): (1280, 640), (595, 818, 399360): (512, 704),
+                                          (1273, 2081, 901120): (768, 1152)}.items():
+        assert s2v_size(height, width, area) == wanted
