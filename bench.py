@@ -1,7 +1,8 @@
 """How fast, and in how much memory? Random weights at the released sizes, made on the device: no checkpoint is needed.
 
     python bench.py                                                    S2V-14B, one denoiser forward at 832x480
-    python bench.py --size 1280x704 --fp8 --compile                    the fastest way through it
+    python bench.py --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
+    python bench.py --size 1280x704 --fp8 --compile --attention8       the fastest way
     python bench.py --size 1280x704 --fp8 --vram 8                     as on a card of 8 GB
     python bench.py --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all
     python bench.py --against REPO --size 832x480                      the official forward in the same process, same shapes
@@ -23,13 +24,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
+import attention8
 import fake_checkpoint
 from audio import AudioEncoder
 from checkpoints import Entry, materialise, parameter_shapes
-from machine import GIB, USABLE, forward_flops, memory_used
-from model import attention, attention_backend, compile_blocks
+from machine import GIB, USABLE, Machine, forward_flops, memory_used, rates
+from model import compile_blocks, use_attention8
 from offload import HostLayers
 from pictures import s2v_size
 from sample import size
@@ -66,34 +67,12 @@ def random_entries(kind, config, device, dtype):
             for name, shape in parameter_shapes(kind, config).items()}
 
 
-# ------------------------------------------------------------------------------------------------------------ work and rates
-
-def rates(cfg, tokens, device, dtype, fp8):
-    """TFLOP/s of plain matrix products (bf16 or fp8) and of attention at this network's shapes."""
-    from fp8 import FP8Linear, quantize_weight
-    n, C = min(tokens, 32768), cfg.dim
-    x, w = torch.randn(n, C, device=device, dtype=dtype), torch.randn(cfg.ffn_dim, C, device=device, dtype=dtype)
-    if fp8 and device.type == "cuda":
-        from fp8 import quantize
-        (a, sa), (b, sb) = quantize(x), quantize_weight(w)
-        def product():
-            torch._scaled_mm(a, b.t(), sa, sb.t(), out_dtype=dtype, use_fast_accum=True)
-    else:
-        def product():
-            F.linear(x, w)
-    matmul = 2 * n * C * cfg.ffn_dim / seconds(product, device, 5)[0] / 1e12
-    q, k, v = (torch.randn(1, tokens, cfg.n_head, C // cfg.n_head, device=device, dtype=dtype) for _ in range(3))
-    with attention_backend(device):
-        attend = 4 * tokens * tokens * C / seconds(lambda: attention(q, k, v), device, 3)[0] / 1e12
-    return matmul, attend
-
-
 # -------------------------------------------------------------------------------------------------------------------- stages
 
 def bench_denoiser(args, configs, device, dtype, shape):
     cfg, (T, H, W) = configs["denoiser"], shape
     tokens, video = token_counts(shape)[1], T * H * W // 4
-    matmul, attend = rates(cfg, tokens, device, dtype, args.fp8)
+    matmul, attend = rates(cfg, Machine(device, dtype, quantize=args.fp8, attention8=args.attention8), tokens)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,6 +80,8 @@ def bench_denoiser(args, configs, device, dtype, shape):
                       args.fp8, args.resident)
     if args.compile:
         compile_blocks(net)
+    if args.attention8:
+        use_attention8(net)
 
     def random(*size):
         return torch.randn(size, device=device, dtype=dtype)
@@ -123,41 +104,47 @@ def bench_denoiser(args, configs, device, dtype, shape):
         torch.cuda.reset_peak_memory_stats(device)
     median, least, most = (s / len(conds) for s in seconds(forward, device, args.repeats))
     linear, attn = forward_flops(cfg, tokens, video)
-    floor = linear / matmul / 1e12 + attn / attend / 1e12
+    floor = linear / matmul + attn / attend
     steady, host = memory_used(device)
-    gpu = max(whole, steady)
+    gpu, live = max(whole, steady), torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     print(f"denoiser   {tokens:,} tokens, {median:.3f} s per forward ({least:.3f} to {most:.3f}; first call {first:.1f} s), "
           f"{(linear + attn) / median / 1e12:.0f} TFLOP/s")
-    print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul:.0f} + {attn / 1e12:.0f} attention at "
-          f"{attend:.0f} TFLOP/s; reached {floor / median:.0%}")
-    print(f"           peak {gpu:.1f} GiB reserved on the GPU ({steady:.1f} after the first call), {host:.1f} GiB of host memory")
+    print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul / 1e12:.0f} + {attn / 1e12:.0f} attention at "
+          f"{attend / 1e12:.0f} TFLOP/s; reached {floor / median:.0%}")
+    print(f"           peak {gpu:.2f} GiB reserved on the GPU ({steady:.2f} after the first call, {live:.2f} of it tensors), {host:.1f} GiB of "
+          f"host memory")
     if args.profile:
         profile(forward)
     return dict(tokens=tokens, s_per_forward=median, first_call_s=first, tflops=(linear + attn) / median / 1e12, floor_s=floor,
-                matmul_tflops=matmul, attention_tflops=attend, peak_gpu_gib=gpu, steady_gpu_gib=steady,
+                matmul_tflops=matmul / 1e12, attention_tflops=attend / 1e12, peak_gpu_gib=gpu, steady_gpu_gib=steady, tensors_gpu_gib=live,
                 peak_host_gib=host)
 
 
 def bench_error(args, configs, device, shape):
-    """One forward in float32, bfloat16 and float8 with the same weights and inputs: relative L2 differences."""
+    """One forward in float32, in bfloat16, in float8 and with 8-bit attention, same weights and inputs: relative L2 differences."""
     cfg, (T, H, W) = configs["denoiser"], shape
 
-    def forward(dtype, quantize):
+    def forward(dtype, quantize=False, eight_bit_attention=False):
         torch.manual_seed(0)
         net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, torch.bfloat16), device, dtype, quantize)
+        if eight_bit_attention:
+            use_attention8(net)
         sizes = ((1, 60, cfg.text_dim), (1, cfg.audio_states, cfg.audio_dim, 4 * T), (1, cfg.out_dim, 1, H, W), (1, cfg.out_dim, 19, H, W))
         cond = net.prepare(shape, *(torch.randn(size, device=device) for size in sizes), chunk=8192)
         v = net(torch.randn(1, cfg.out_dim, T, H, W, device=device), torch.full((1,), 500, device=device), cond)
         del net, cond
         gc.collect()
         return v.double()
-    full, half, eight = forward(torch.float32, False), forward(torch.bfloat16, False), forward(torch.bfloat16, True)
+    full, half, eight = forward(torch.float32), forward(torch.bfloat16), forward(torch.bfloat16, True)
+    half8, eight8 = (forward(torch.bfloat16, quantize, True) for quantize in (False, True))
 
     def gap(a, b):
         return float((a - b).norm() / b.norm())
-    result = dict(bf16_against_float32=gap(half, full), fp8_against_bf16=gap(eight, half), fp8_against_float32=gap(eight, full))
-    gaps = ", ".join(f"{name.replace('_', ' ')} {value:.3%}" for name, value in result.items())
-    print(f"error      {gaps} (relative L2 of the velocity)")
+    result = dict(bf16_against_float32=gap(half, full), fp8_against_bf16=gap(eight, half), fp8_against_float32=gap(eight, full),
+                  attention8_against_bf16=gap(half8, half), fp8_and_attention8_against_bf16=gap(eight8, half))
+    print("error      relative L2 of the velocity")
+    for name, value in result.items():
+        print(f"           {value:8.3%}  {name.replace('_', ' ')}")
     return result
 
 
@@ -229,6 +216,7 @@ def parser():
     p.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="of the video (default 832x480)")
     p.add_argument("--frames", type=int, default=80, help="of a clip (default 80)")
     p.add_argument("--fp8", action="store_true", help="float8 weights and activations in the blocks")
+    p.add_argument("--attention8", action="store_true", help="self-attention in 8 bits, off by 3.5%% of each attention output on random inputs")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks' per-token parts")
     p.add_argument("--resident", type=int, help="blocks that stay on the GPU, the others are streamed (default: all)")
     p.add_argument("--vram", type=float, help="GiB of a card to rehearse: this process cannot take more than what is left for it there")
@@ -251,7 +239,9 @@ def main(args):
     shape = (args.frames // stride[0], args.size[1] // stride[1], args.size[0] // stride[2])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, commit {commit()}, {args.preset} at {args.size[0]}x{args.size[1]}, {args.frames} frames"
-          f"{', fp8' * args.fp8}{', compiled' * args.compile}")
+          f"{', fp8' * args.fp8}{', 8-bit attention' * args.attention8}{', compiled' * args.compile}")
+    if args.attention8:
+        attention8.check(device)
     if args.vram:
         torch.cuda.set_per_process_memory_fraction(args.vram * USABLE * GIB / torch.cuda.get_device_properties(device).total_memory, device)
     runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape),

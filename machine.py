@@ -1,9 +1,13 @@
 """What fits where: from a checkpoint's headers, the sizes of a video and the memory there is -> what stays on the GPU, what is streamed to
 it, what is worked on in pieces, and what all that will take. Arithmetic alone; nothing is loaded.
 
-The denoiser's peak is during self-attention. It holds   x (4 bytes per token and channel, once per guidance branch in the same loop),
-q, k, v and the attention output (8 bytes, one branch at a time),   its weights,   the text keys and values,   one span's intermediates.
-Everything else gives way, in this order: both branches in one loop, whole spans, the text keys on the GPU, resident blocks.
+The denoiser's peak is during self-attention, which holds, beside the weights,
+    x                                            4 bytes per token and channel, once per guidance branch in the same loop
+    q, k, v                                      6 bytes, one branch at a time
+    the result                                   2 bytes; in 8 bits it takes the place of q, and v in float8 is 1 byte
+    what a clip's conditions keep at hand        both branches: RoPE, reference and motion tokens, text keys and values
+or, where many tokens are worked on at once, just before or behind it. All else gives way, in this order: both branches in one loop, whole
+spans, the text keys on the GPU, resident blocks. The VAE waits in host memory while the denoiser works; the denoiser stays when the VAE does.
 """
 import math
 import resource
@@ -15,14 +19,18 @@ import torch.nn.functional as F
 
 import fp8
 import offload
+from attention8 import attention8
 from model import Denoiser, attention, attention_backend
 from vae import peak_bytes
 
 GIB = 2 ** 30
 USABLE = 0.9                 # of a card's memory: the rest goes to the CUDA context and a desktop
-OVERHEAD = 1.1 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 had 0.65 in a step, 1.1 in the first one
+OVERHEAD = 0.9 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 without a limit reserved 0.7 to 1.1 more
+VAE_OVERHEAD = 0.3 * GIB
+VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
 SPAN = 8192                  # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.5 * GIB
+TILES = 4                    # of the VAE: more cost time
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Machine:
     vae_dtype: torch.dtype = torch.float32
     quantize: bool = False               # cast the denoiser's large matrices to float8 while loading
     compiled: bool = False               # torch.compile the blocks
+    attention8: bool = False             # self-attention in 8 bits
     one_loop: bool = True                # both guidance branches in one pass over the blocks
     span: int | None = None              # longest run of tokens worked on at once
     host_layers: bool = False            # text keys and values wait in host memory
@@ -56,6 +65,7 @@ class Fit:
     text: int
     vae: int
     blocks: tuple[int, int]              # resident, all
+    fp8: bool = False                    # are the denoiser's large matrices float8, by the checkpoint or by choice?
 
     @property
     def peak(self):
@@ -67,7 +77,8 @@ class Fit:
             return "memory   CPU: everything in host memory, float32"
         how = [f"{self.blocks[0]} of {self.blocks[1]} blocks resident" if m.short else "all blocks resident"]
         how += ["both guidance branches in one loop"] * m.one_loop + [f"{m.span} tokens at once"] * bool(m.span)
-        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.quantize + ["compiled"] * m.compiled
+        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * self.fp8 + ["8-bit attention"] * m.attention8
+        how += ["compiled"] * m.compiled
         gib = {name: f"{getattr(self, name) / GIB:.1f}" for name in ("peak", "limit", "denoiser", "weights", "text", "vae", "streamed")}
         return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}; "
                 "host {streamed} GiB pinned\n".format(**gib) +
@@ -83,20 +94,29 @@ def kept_as(part, machine):
     return dtype_of
 
 
-def weight_bytes(part, machine, resident):
-    """Bytes of a part's parameters -> (on the device, in pinned host memory, number of blocks)"""
+def weigh(part, machine):
+    """function (number of resident blocks or None: all) -> bytes of a part's parameters on the device, in pinned host memory, number of blocks"""
     tensors = fp8.quantized(part.tensors) if machine.quantize and part.kind == "denoiser" else part.tensors
     dtype_of = kept_as(part, machine)
     layouts, _, rest = offload.split(tensors, dtype_of)
-    on_device, pinned = offload.footprint(layouts, len(layouts) if resident is None else resident)
-    return on_device + sum(math.prod(e.shape) * dtype_of(name, e).itemsize for name, e in rest.items()), pinned, len(layouts)
+    always = sum(math.prod(e.shape) * dtype_of(name, e).itemsize for name, e in rest.items())
+
+    def weights(resident):
+        on_device, pinned = offload.footprint(layouts, len(layouts) if resident is None else resident)
+        return on_device + always, pinned, len(layouts)
+    return weights
 
 
 def activation_bytes(cfg, tokens, machine):
-    """Of one denoiser step, at its peak."""
-    C, span = cfg.dim, min(machine.span or tokens, tokens)
+    """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
+    C, F, span = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens)
+    attend = (7 if machine.attention8 else 8) * C * tokens
+    project = (12 if machine.compiled else 23) * C * span + (6 * C * tokens if span < tokens else 0)
+    hidden = (3 if machine.compiled else 11) if machine.quantize else 4                      # bytes per token and channel of the FFN
+    finish = ((6 if machine.compiled else 12) * C + hidden * F) * span + 2 * C * tokens
     keys = 0 if machine.host_layers else 2 * cfg.n_layer * 2 * cfg.text_len * C * 2
-    return (2 if machine.one_loop else 1) * 4 * C * tokens + 8 * C * tokens + span * (2 * cfg.ffn_dim + 12 * C) + keys + OVERHEAD
+    conditions = 2 * tokens * (4 * C // cfg.n_head + C // 4)         # reference and motion: an eighth of the tokens, 2 bytes per channel
+    return (2 if machine.one_loop else 1) * 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD
 
 
 def device_limit(device, vram=None):
@@ -120,44 +140,44 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
     returns       Fit                        raises  ValueError with the option that would make it fit
     """
     cfg, (T, H, W) = checkpoint.configs["denoiser"], latent_shape
-    expert, text = checkpoint.parts[checkpoint.experts[0]], checkpoint.parts["text"]
+    expert, text = checkpoint.parts[checkpoint.experts[0]], weigh(checkpoint.parts["text"], machine)
+    weigh_expert = weigh(expert, machine)
+    in_fp8 = machine.quantize or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
     if limit is None:
         machine = replace(machine, resident=None)
-        weights, _, n = weight_bytes(expert, machine, None)
-        return Fit(machine, None, weights + activation_bytes(cfg, tokens, machine), weights, 0, 0, 0, (n, n))
-    n = weight_bytes(expert, machine, None)[2]
+        weights, _, n = weigh_expert(None)
+        return Fit(machine, None, weights + activation_bytes(cfg, tokens, machine), weights, 0, 0, 0, (n, n), in_fp8)
+    n = weigh_expert(None)[2]
+    vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * machine.vae_dtype.itemsize
+    cuts = vae_cuts(checkpoint.configs["vae"], H, W, machine.vae_dtype)
     wanted = [machine.resident] if machine.resident is not None else [None, *range(n - 1, -1, -1)]
     ways = [dict(), dict(one_loop=False), dict(one_loop=False, span=SPAN), dict(one_loop=False, span=SPAN // 2, host_layers=True)]
     choices = [(way, None) for way in ways] if wanted[0] is None else []
     choices += [(ways[-1], resident) for resident in wanted if resident is not None]
     for way, resident in choices:
         chosen = replace(machine, resident=resident, **way)
-        weights, pinned, _ = weight_bytes(expert, chosen, resident)
-        denoiser = weights + activation_bytes(cfg, tokens, chosen)
-        if denoiser <= limit:
+        weights, pinned, _ = weigh_expert(resident)
+        denoiser = weights + activation_bytes(cfg, tokens, replace(chosen, quantize=in_fp8))
+        tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
+        peak = max(denoiser, weights + vae + decode)
+        if peak <= limit and (tiles <= TILES or resident in (None, wanted[-1])):             # streaming costs less than tiles
             break
     else:
-        in_fp8 = machine.quantize or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
-        raise ValueError(f"{denoiser / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: choose a smaller --size, fewer "
-                         f"--clip-frames{'' if in_fp8 else ', --fp8'} or a card with more")
-    text_resident = None
-    text_peak = weight_bytes(text, chosen, None)[0] + TEXT_ACTIVATIONS
-    if text_peak > limit:
-        text_resident = 0
-        text_peak = weight_bytes(text, chosen, 0)[0] + TEXT_ACTIVATIONS
-    tiles, vae_peak = vae_tiles(checkpoint.configs["vae"], H, W, chosen, limit - weights - OVERHEAD)
-    chosen = replace(chosen, text_resident=text_resident, tiles=tiles)
-    vae_peak = int(weights + vae_peak + OVERHEAD)
-    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), vae_peak, (n if resident is None else resident, n))
+        others = ", --fp8" * (not in_fp8) + ", --attention8" * (not machine.attention8)
+        if peak > denoiser:                                          # the VAE is in the way
+            others = ", --vae-dtype bfloat16" * (machine.vae_dtype == torch.float32)
+        raise ValueError(f"{peak / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: choose a smaller --size, fewer "
+                         f"--clip-frames{others} or a card with more")
+    text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
+    text_peak = text(text_resident)[0] + TEXT_ACTIVATIONS
+    chosen, blocks = replace(chosen, text_resident=text_resident, tiles=tiles), (n if resident is None else resident, n)
+    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), int(weights + vae + decode), blocks, in_fp8)
 
 
-def vae_tiles(config, H, W, machine, room):
-    """Fewest tiles with which the VAE fits into `room` bytes -> (tiles, its peak in bytes)"""
-    for tiles in (1, 2, 3, 4, 6, 8, 12, 16):
-        peak = peak_bytes(config, H, W, tiles=tiles, dtype=machine.vae_dtype)
-        if peak <= room:
-            break
-    return tiles, peak
+def vae_cuts(config, H, W, dtype):
+    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
+    return [(tiles, VAE_WORKSPACE * peak_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
+            for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- time and use
@@ -169,31 +189,44 @@ def forward_flops(cfg, tokens, video_tokens):
     return linear + cfg.n_layer * 4 * tokens * S * C, cfg.n_layer * 4 * tokens * tokens * C
 
 
-def rates(cfg, machine, tokens):
-    """FLOP/s of plain matrix products and of attention at this network's shapes: what a probe of a second can tell."""
-    device, dtype, n, C = machine.device, machine.dtype, min(tokens, 8192), cfg.dim
-    x, w = torch.randn(n, C, device=device, dtype=dtype), torch.randn(cfg.ffn_dim, C, device=device, dtype=dtype)
-    q = torch.randn(1, n, cfg.n_head, C // cfg.n_head, device=device, dtype=dtype)
+def rates(cfg, machine, tokens, repeats=3):
+    """FLOP/s of plain matrix products and of attention at this network's shapes, both as the machine will do them: the best of some calls."""
+    device, dtype, C = machine.device, machine.dtype, cfg.dim
+    x, w, q, k, v = (torch.randn(size, device=device, dtype=dtype) for size in (
+        (min(tokens, 32768), C), (cfg.ffn_dim, C), *[(1, tokens, cfg.n_head, C // cfg.n_head)] * 3))
+    attend = attention8 if machine.attention8 else attention
 
-    def rate(run, operations):
+    def product():
+        return F.linear(x, w)
+    if machine.quantize and fp8.multiplies_fp8(device):
+        (a, a_scale), (b, b_scale) = fp8.quantize(x), fp8.quantize_weight(w)
+
+        def product():
+            return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=dtype, use_fast_accum=fp8.FAST_ACCUM)
+
+    def seconds(run, *arguments):
         times = []
-        for _ in range(3):
+        for _ in range(repeats + 1):                                 # the first call is a warm-up
+            fresh = [x.clone() for x in arguments]                   # 8-bit attention writes over them
+            synchronize(device)
             start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            run(*fresh)
+            synchronize(device)
             times.append(time.perf_counter() - start)
-        return operations / min(times)
+        return min(times[1:])
     with attention_backend(device):
-        return rate(lambda: F.linear(x, w), 2 * n * C * cfg.ffn_dim), rate(lambda: attention(q, q, q), 4 * n * n * C)
+        return 2 * len(x) * C * cfg.ffn_dim / seconds(product), 4 * tokens * tokens * C / seconds(attend, q, k, v)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def estimate_seconds(cfg, machine, tokens, video_tokens, forwards):
-    """Of the denoising, from a probe: 85% of the rates it finds, float8 products twice as fast."""
-    matmul, attend = rates(cfg, machine, tokens)
-    linear, attn = forward_flops(cfg, tokens, video_tokens)
-    faster = 1.9 if machine.quantize and fp8.multiplies_fp8(machine.device) else 1
-    return forwards * (linear / matmul / faster + attn / attend) / 0.85
+    """Of the denoising, from a probe of a second: 85% of the rates it finds."""
+    (matmul, attend), (linear, attn) = rates(cfg, machine, min(tokens, 8192)), forward_flops(cfg, tokens, video_tokens)
+    return forwards * (linear / matmul + attn / attend) / 0.85
 
 
 def memory_used(device):

@@ -144,6 +144,7 @@ def collect(spans, function, out=None):
         out = out or [part.new_empty(part.shape[0], spans[-1].stop, *part.shape[2:]) for part in parts]
         for whole, part in zip(out, parts):
             whole[:, span.start:span.stop] = part
+        del parts, part                                              # before the next span's are made
     return out
 
 
@@ -270,6 +271,8 @@ class AudioInjection(Attention):
 
 
 class Block(nn.Module):
+    attend = staticmethod(attention)                                 # self-attention; may write over its arguments. See use_attention8
+
     def __init__(self, cfg, audio):
         super().__init__()
         self.eps = cfg.eps
@@ -312,7 +315,7 @@ class Block(nn.Module):
         """
         mod = (self.modulation.float() + mod).unsqueeze(3)           # (B, R, 6, 1, C)
         q, k, v = collect(spans, lambda a, b, r: self.qkv(x[:, a:b], mod[:, r], rope[:, a:b]))
-        y = attention(q, k, v)                                       # (B, N, C)
+        y = self.attend(q, k, v)                                     # (B, N, C)
         del q, k, v
         x, = collect(spans, lambda a, b, r: (self.mix(x[:, a:b], y[:, a:b], mod[:, r], cond.text),), out=[x])
         return x if self.inject is None else self.hear(x, cond, spans, grid)
@@ -499,9 +502,21 @@ def fast(function):
     return torch.compile(function)
 
 
+def all_blocks(net):
+    """Every module that computes a block, in a ModuleList or in offload.py's stream of blocks."""
+    return net.blocks if isinstance(net.blocks, nn.ModuleList) else net.blocks.modules
+
+
 def compile_blocks(net):
     """Compile the per-token parts of all blocks: norms, modulation, RoPE, casts and gates fuse with each other; attention stays as it is."""
-    for block in net.blocks if isinstance(net.blocks, nn.ModuleList) else net.blocks.modules:
+    for block in all_blocks(net):
         block.qkv, block.mix = partial(fast(Block.qkv), block), partial(fast(Block.mix), block)
         if block.inject is not None:
             block.inject.forward = partial(fast(AudioInjection.forward), block.inject)
+
+
+def use_attention8(net):
+    """Self-attention in 8 bits: faster and smaller, and off by a few percent. For inference alone."""
+    from attention8 import attention8                                # here: nothing else in this file needs Triton
+    for block in all_blocks(net):
+        block.attend = attention8

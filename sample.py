@@ -8,16 +8,22 @@ The task is written in the checkpoint; what must be given follows from it.
 Prints the plan before any weight is loaded, writes frames as clips are finished. Exit status 2 and one line on stderr for anything wrong with the input; no half-written file is left.
 """
 import argparse
+import os
+import re
+import statistics
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+START = time.perf_counter()
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # before torch: else freed memory is lost to larger tensors
 import torch
 from tqdm import tqdm
 
+import attention8
 from checkpoints import open_checkpoint
-from fake_checkpoint import TINY, ensure_tiny
+from fake_checkpoint import RECIPE, TINY, ensure_tiny
 from machine import Machine
 from video import check_output
 from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
@@ -26,7 +32,7 @@ from wan_video import WanVideoPipeline
 WEIGHTS = Path(__file__).parent / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
-  python sample.py --audio voice.wav --image face.png                      tiny checkpoint, any laptop, no downloads
+  python sample.py --audio voice.wav --image face.png                      tiny checkpoint: a drawn face, any laptop, no downloads
   python sample.py --audio voice.m4a --image face.jpg --ckpt Wan2.2-S2V-14B --prompt "a woman is singing"
   python sample.py --audio talk.mp3 --start 12.5 --duration 10 --image face.png --seed 7 --out talk.mp4
   python sample.py --audio voice.wav --image face.png --ckpt Wan2.2-S2V-14B --size 1280x704 --pose-video dance.mp4
@@ -89,7 +95,7 @@ def parser():
     g.add_argument("--solver", help="unipc, dpm++ or euler (default: unipc)")
     g.add_argument("--seed", type=int, default=42, help="seed of clip 0; clip r uses seed + r (default: 42)")
     g = p.add_argument_group("machine")
-    g.add_argument("--ckpt", help="folder in the official or converted layout (default: a tiny random one, made on first use)")
+    g.add_argument("--ckpt", help="folder in the official or converted layout (default: weights/tiny, trained on drawn faces)")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=DTYPES, help="of the large linear layers (default: bfloat16 on a GPU, float32 on a CPU)")
     g.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the VAE (default: float32, as official)")
@@ -97,6 +103,9 @@ def parser():
     g.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=False,
                    help="cast the large matrices to float8 while loading; a checkpoint converted with --fp8 has them already (default: off)")
     g.add_argument("--resident", type=int, metavar="N", help="blocks that stay on the GPU, the others are streamed (default: as many as fit)")
+    g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
+                   help="self-attention in 8 bits: faster and smaller on GPUs with 8-bit tensor cores, off by 3.5%% of each attention output on "
+                        "random inputs (default: off)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, from 5 steps on)")
     return p
 
@@ -110,15 +119,22 @@ class Progress:
     """A bar per clip, with the time that all clips together still need."""
 
     def __init__(self, clips):
-        self.clips, self.start = clips, time.perf_counter()
+        self.clips, self.start, self.seconds = clips, time.perf_counter(), []
 
     def __call__(self, clip, steps):
+        if clip == 0:
+            print(f"ready    {time.perf_counter() - START:.1f} s after the start")
+        last = time.perf_counter()
         with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
             for n, step in enumerate(bar, 1):
                 yield step
+                self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
                 done = clip * len(steps) + n
                 left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
                 bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
+
+    def __str__(self):
+        return f"first {self.seconds[0]:.2f} s, later {statistics.median(self.seconds[1:] or self.seconds):.2f} s"
 
 
 def open_folder(ckpt):
@@ -127,18 +143,22 @@ def open_folder(ckpt):
     if folder.parent.resolve() == WEIGHTS.resolve() and folder.name in TINY:
         ensure_tiny(folder)
     checkpoint = open_checkpoint(folder)
-    if checkpoint.note:
-        print(f"using the tiny checkpoint weights/{folder.name} of {checkpoint.note.split(':')[0]}: the picture will be noise; it shows that "
-              "everything runs, not what the model can do")
+    if checkpoint.note == RECIPE:
+        print(f"using weights/{folder.name} of {RECIPE.split(':')[0]}: the picture will be noise; it shows that everything runs, not what the "
+              "model can do")
+    elif checkpoint.note:
+        print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")
     return checkpoint
 
 
 def machine_of(args):
     """The user's choices of where and how to run."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    if args.attention8:
+        attention8.check(device)
     compiled = device.type == "cuda" and (args.steps or 40) > 4 if args.compile is None else args.compile
     return Machine(device, run_dtype(DTYPES.get(args.dtype), device), DTYPES.get(args.vae_dtype, torch.float32), args.fp8, compiled,
-                   resident=args.resident)
+                   args.attention8, resident=args.resident)
 
 
 def main(args):
@@ -148,17 +168,21 @@ def main(args):
     pipeline = make(checkpoint, machine_of(args), args.vram)
     plan = pipeline.plan(Options(**{field.name: getattr(args, field.name) for field in fields(Options)}))
     print(plan)
-    stages = Stages()
+    stages, progress = Stages(pipeline.machine.device), Progress(plan.clips)
     with open_writer(args.out, plan, args.av_offset) as writer:
         try:
-            for frames in pipeline.generate(plan, stages, Progress(plan.clips)):
+            for frames in pipeline.generate(plan, stages, progress):
                 with stages("write"):
                     writer.write(frames)
         except (KeyboardInterrupt, RuntimeError):                    # RuntimeError: out of memory
             if kept := writer.finish_partial():
                 print(f"the clips finished so far are kept as {kept}", file=sys.stderr)
+            if stages.gib:
+                print(f"memory   {stages.memory()}", file=sys.stderr)
             raise
+    print(f"steps    {progress}")
     print(f"times    {stages}")
+    print(f"memory   {stages.memory()}")
     print(f"wrote    {writer.summary}")
 
 
@@ -167,8 +191,10 @@ def cli(argv=None):
     try:
         main(parser().parse_args(argv))
         return 0
-    except torch.OutOfMemoryError:
-        print("error: the device is out of memory: choose a smaller --size or fewer --clip-frames", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        print(f"error: the device is out of memory{f' for {wanted[1]} more' if wanted else ''}: choose a smaller --size or fewer --clip-frames",
+              file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -22,8 +22,8 @@ import torch
 
 from audio import RATE, audio_features, frame_columns, load_audio
 from checkpoints import open_checkpoint
-from machine import Fit, Machine, device_limit, estimate_seconds, fit
-from model import MOTION_BUCKETS, PATCH, compile_blocks
+from machine import Fit, Machine, device_limit, estimate_seconds, fit, memory_used
+from model import MOTION_BUCKETS, PATCH, compile_blocks, use_attention8
 from pictures import fit_picture, load_image, s2v_size
 from sampling import Experts, denoise
 from solver import SOLVERS, make_solver
@@ -119,21 +119,33 @@ class Plan:
 
 
 class Stages:
-    """Seconds spent per stage: `with stages("text"): ...`"""
+    """Seconds spent per stage, and on a GPU the most memory that was reserved: `with stages("text"): ...`"""
 
-    def __init__(self):
-        self.seconds = {}
+    def __init__(self, device=torch.device("cpu")):
+        self.device, self.seconds, self.gib = device, {}, {}
 
     @contextmanager
     def __call__(self, name):
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        start, gpu = time.perf_counter(), self.device.type == "cuda"
+        if gpu:
+            torch.cuda.empty_cache()                                 # what the last stage left is not this one's
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            yield
+        finally:
+            if gpu:
+                self.gib[name] = max(self.gib.get(name, 0.0), memory_used(self.device)[0])
+        if gpu:
+            torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def __str__(self):
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+    def memory(self):
+        """Of all stages, those that failed too, and of the process on the host."""
+        stages = [f"{name} {gib:.2f}" for name, gib in self.gib.items()]
+        return f"GiB reserved on the GPU: {', '.join(stages) or 'none'}; host {memory_used(self.device)[1]:.1f} GiB at most"
 
 
 @dataclass(frozen=True)
@@ -203,14 +215,14 @@ class WanS2VPipeline:
         tokens, cfg, video = token_counts(shape), self.checkpoint.configs["denoiser"], shape[0] * shape[1] * shape[2] // 4
         room = fit(self.checkpoint, shape, tokens[clips > 1 or options.start_from_ref], self.machine, self.limit)
         forwards = clips * options.steps * (2 if max(options.guidance) > 1 else 1)
-        seconds = estimate_seconds(cfg, room.machine, tokens[clips > 1], video, forwards)
+        seconds = estimate_seconds(cfg, replace(room.machine, quantize=room.fp8), tokens[clips > 1], video, forwards)
         return Plan(options, sound, height, width, clips, shape, tokens, self.checkpoint.sizes(), room, seconds)
 
     def encode_audio(self, plan):
-        """The plan's sound -> wav2vec2 states (1, states, audio_dim, columns), one column per pixel frame of all clips"""
+        """The plan's sound -> wav2vec2 states (1, states, audio_dim, columns) on the CPU, one column per pixel frame of all clips"""
         encoder = self.checkpoint.load("audio", self.machine.device, torch.float32)
         features, _ = audio_features(encoder, plan.sound.to(self.machine.device), FPS, plan.options.clip_frames)
-        return features[None]
+        return features[None].cpu()                                  # 100 MB a minute: the device gets one clip of it at a time
 
     def encode_pose(self, vae, plan, clip):
         """Pose latents of a clip (1, z, T, H, W), or None without a pose video (which is not the same as a black one)."""
@@ -238,6 +250,7 @@ class WanS2VPipeline:
         with stage("picture"):
             vae = load_vae(self.checkpoint, machine)
             picture = fit_picture(load_image(o.image), (plan.height, plan.width)).to(machine.device)[None, :, None]
+            warn_unless_known(vae, picture, plan.options.image, self.checkpoint.sampling.get("picture_db"))
         shape, experts = (1, vae.config.z_dim, *plan.latent_shape), load_experts(self.checkpoint, machine)
         inputs = ClipInputs(text, negative, audio, picture, pose=lambda clip: self.encode_pose(vae, plan, clip),
                             noise=lambda clip: draw_noise(shape, o.seed + clip, machine.device, machine.dtype),  # bf16 as official L571
@@ -282,7 +295,7 @@ class ClipInputs:
     text: torch.Tensor           # umT5 rows of the prompt (1, S, text_dim)
     negative: torch.Tensor       # of the negative prompt
     audio: torch.Tensor          # (1, states, audio_dim, columns): one column per pixel frame of all clips
-    picture: torch.Tensor        # (1, 3, 1, height, width) in [-1, 1]
+    picture: torch.Tensor        # (1, 3, 1, height, width) in [-1, 1], on the device
     noise: Callable              # clip number -> (1, z, T, H, W)
     pose: Callable = lambda clip: None   # clip number -> pose latents (1, z, T, H, W) or None
     motion_frames: int = 73      # pixel frames of the past that a clip sees: 19 latents
@@ -302,29 +315,33 @@ def make_clips(inputs, vae, experts, options, clips, stage, progress):
     o, n, picture = options, options.clip_frames, inputs.picture
     with stage("picture"):
         ref = vae.encode(picture)                                    # (1, z, 1, H, W)
-        history = torch.zeros_like(picture).repeat(1, 1, inputs.motion_frames, 1, 1)         # mid grey before the first clip
+        history = torch.zeros_like(picture, device="cpu").repeat(1, 1, inputs.motion_frames, 1, 1)           # mid grey before the first clip
         if o.start_from_ref:
             history[:, :, -REF_MOTION_FRAMES:] = picture
         motion = vae.encode(history)                                 # (1, z, 19, H, W)
     for clip in range(clips):
         first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
-        pose, audio = inputs.pose(clip), inputs.audio[..., clip * n:(clip + 1) * n]
-        noise = inputs.noise(clip)
+        pose, noise = inputs.pose(clip), inputs.noise(clip)
+        audio = inputs.audio[..., clip * n:(clip + 1) * n].to(noise.device)
+        solver = make_solver(o.solver, o.steps, o.shift)
 
         def arguments(positive):
             text, heard = (inputs.text, audio) if positive else (inputs.negative, 0 * audio)
             return dict(shape=noise.shape[2:], text=text, audio=heard, ref=ref, motion=None if first else motion, pose=pose)
 
+        with stage("load"):
+            vae.to("cpu")                                            # leaves its room to the denoiser
+            experts.net(experts.index(solver.timesteps[0].item()))
         with stage("denoise"):
-            solver = make_solver(o.solver, o.steps, o.shift)
             latents = denoise(experts, solver, noise, arguments, o.guidance, progress=lambda steps: progress(clip, steps))
         with stage("decode"):
+            vae.to(picture.device)
             frames = decode_behind(vae, ref if first else motion, latents, n)[:, :, WARM_UP if first else 0:]
         yield frames
         if clip + 1 < clips:
             with stage("motion"):                                    # as floats: 8 bits in between are seen as decay
-                history = torch.cat([history.cpu(), frames], dim=2)[:, :, -inputs.motion_frames:]
-                motion = vae.encode(history.to(picture.device))
+                history = torch.cat([history, frames], dim=2)[:, :, -inputs.motion_frames:]
+                motion = vae.encode(history)
 
 
 # -------------------------------------------------------------------------------------------- what every task's pipeline does
@@ -341,12 +358,27 @@ def encode_text(checkpoint, prompts, machine):
     return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
 
 
+def warn_unless_known(vae, picture, path, least):
+    """A checkpoint for one kind of picture says how well (dB) its VAE gives back those; what comes back worse is something else.
+
+    picture  (1, 3, 1, height, width) in [-1, 1]        least  in dB, or None for a checkpoint that knows all pictures
+    """
+    if least is None:
+        return
+    db = -10 * ((vae.decode(vae.encode(picture)) - picture) / 2).square().mean().log10().item()
+    if db < least:
+        print(f"warning: {path} is unlike the pictures this checkpoint was trained on (its VAE gives it back at {db:.1f} dB, those at {least:g} or "
+              f"more): expect a poor face. `python faces.py face.png` draws one that it knows", file=sys.stderr)
+
+
 def load_experts(checkpoint, machine):
     """The denoisers, each loaded when its steps come."""
     def load(name):
         net = checkpoint.load(name, machine.device, machine.dtype, machine.quantize, machine.resident)
         if machine.compiled:
             compile_blocks(net)
+        if machine.attention8:
+            use_attention8(net)
         return net
     return Experts(checkpoint.experts, checkpoint.boundary, load, machine.device.type == "cpu", machine.span, machine.one_loop, machine.host_layers)
 

@@ -122,10 +122,12 @@ class WanVideoPipeline:
             return dict(shape=plan.latent_shape, text=text if positive else negative, image=image, clean_frames=0 if clean is None else 1)
 
         with stage("denoise"):
+            vae.to("cpu")                                            # leaves its room to the denoiser
             noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, machine.device, torch.float32)
             solver = make_solver(o.solver, o.steps, o.shift)
             latents = denoise(load_experts(checkpoint, machine), solver, noise, arguments, o.guidance, clean,
                               progress=lambda steps: progress(0, steps))
         with stage("decode"):
+            vae.to(machine.device)
             for frames in vae.decode_stream([latents]):
                 yield frames[0].cpu()
