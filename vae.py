@@ -380,7 +380,7 @@ class Decoder(nn.Module):
         """What the middle block gave, (B, T, H, W, C), wherever it is -> pixels of this strip, (B, P, 8H, 8W, 3)."""
         scale, have = 1, strip.size
         for stage, want in zip(self.stages, self.halos):
-            x = stage(strip.cut(x, scale, have, want).to(self.conv_in.weight), past)
+            x = stage(strip.cut(x, scale, have, want).to(self.conv_in.weight.device), past)
             scale, have = (2 * scale, 2 * want) if stage.resample else (scale, want)
         x = self.conv_out(F.silu(self.norm_out(x), inplace=True), past)           # (B, P, h, w, 3*patch*patch)
         return strip.cut(unpatchify(x, self.patch), scale * self.patch, have * self.patch, 0)
