@@ -1,0 +1,63 @@
+"""The committed tiny checkpoint, end to end: lips follow the sound in the written file. python -m pytest -s test_tiny.py   (half a minute, CPU)
+
+A wrong audio offset, a shifted clip or a broken motion path fails here: one frame off costs 0.3 of the correlation and more.
+"""
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+import faces
+import metrics
+import sample
+from audio import load_audio
+from checkpoints import open_checkpoint
+
+HERE = Path(__file__).parent
+VOICE, ITALIAN, FACE, WEIGHTS = (HERE / name for name in ("samples/voice.flac", "samples/italian.flac", "samples/face.png", "weights/tiny"))
+
+
+def make(out, *arguments):
+    """A video of the committed checkpoint -> frames, measured and target mouths."""
+    assert sample.cli(["--image", str(FACE), "--ckpt", str(WEIGHTS), "--out", str(out), "--device", "cpu", *map(str, arguments)]) == 0
+    frames, fps = metrics.read_video(out)
+    return frames, metrics.measure(frames)[:, 0], metrics.target_of(out, frames.shape[1], fps)[0][:, 0]
+
+
+def test_is_small():
+    assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) < 16e6
+    checkpoint = open_checkpoint(WEIGHTS)
+    assert checkpoint.experts == ["denoiser_high", "denoiser_low"] and checkpoint.boundary and "drawn faces" in checkpoint.note
+
+
+def test_lips_follow_the_sound(tmp_path, capsys):
+    frames, seen, wanted = make(tmp_path / "a.mp4", "--audio", VOICE, "--duration", 2.2, "--clip-frames", 36, "--steps", 4)
+    lag, best, now = metrics.sync(seen, wanted)
+    other = metrics.correlation(seen, faces.articulation(load_audio(ITALIAN, 0, 2.2), torch.arange(len(seen)) / 16)[:, 0])
+    print(f"opening: r {now:.3f} at lag 0, best at {lag:+d}; with another sound {other:.3f}")
+    assert frames.shape[1] == 33 and lag == 0 and now >= 0.7 and other < 0.5
+    assert "unlike the pictures" not in capsys.readouterr().err
+
+
+def test_later_clip_goes_on(tmp_path):
+    """The second clip sees the first through its motion tokens and its latents: same mouth, same colours, no jump."""
+    sound = tmp_path / "long.wav"
+    soundfile.write(sound, torch.cat([load_audio(VOICE), load_audio(ITALIAN)]).numpy(), 16000)
+    frames, seen, wanted = make(tmp_path / "b.mp4", "--audio", sound, "--duration", 7.5, "--clips", 2, "--steps", 4)
+    first, later = ((seen[part], wanted[part]) for part in (slice(0, 77), slice(77, 120)))
+    picture = metrics.fit_picture(metrics.load_image(str(FACE)), frames.shape[2:])
+    clips, seam = metrics.drift(frames[:, :120], picture)
+    print(f"opening: r {metrics.correlation(*first):.3f}, then {metrics.correlation(*later):.3f}; seam {seam:.2f} frame differences; {clips}")
+    assert metrics.correlation(*first) >= 0.7 and metrics.sync(*later)[0] == 0 and metrics.correlation(*later) >= 0.7
+    assert seam < 4 and all(clip["colour"] < 0.06 for clip in clips)
+
+
+@pytest.mark.parametrize("kind", ["noise"])
+def test_unknown_picture_is_said(tmp_path, capsys, kind):
+    from PIL import Image
+    pixels = (torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    assert sample.cli(["--image", str(tmp_path / "noise.png"), "--audio", str(VOICE), "--duration", "1", "--clip-frames", "20", "--steps", "1",
+                       "--out", str(tmp_path / "c.mp4"), "--device", "cpu"]) == 0
+    assert "unlike the pictures" in capsys.readouterr().err
