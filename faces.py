@@ -91,6 +91,7 @@ HAIR = {"black": (36, 34, 42), "brown": (92, 56, 34), "yellow": (238, 198, 70), 
 BACKGROUND = {"blue": (112, 164, 218), "green": (124, 188, 138), "purple": (164, 136, 206), "yellow": (248, 222, 140),
               "white": (232, 234, 236)}
 MOODS = ("neutral", "happy", "sad")
+ANGRY = 3            # a mood that training never draws: films.py keeps it for fine-tuning
 STYLES = ("short", "bob", "long", "bun", "round")
 SKIN = (252, 220, 194), (236, 188, 150), (204, 148, 108), (150, 100, 70)                      # tone 0, 1/3, 2/3, 1
 LIPS, INSIDE = (206, 70, 92), (132, 2, 50)       # the mouth's two colours: no face, cloth or background comes near them
@@ -354,7 +355,7 @@ def spread_out(rows, frames):
     """rows (m, D + 2), frames (m, 6) -> dict of (m, 1, 1) numbers by name, moods and mouth turned into lengths."""
     names = FIELDS + ["top", "left"] + ["sway_x", "sway_y", "roll", "blink", "opening", "width"]
     f = dict(zip(names, torch.cat([rows, frames], dim=1)[:, :, None, None].unbind(1)))
-    f["happy"], f["sad"] = (f["mood"] == 1).float(), (f["mood"] == 2).float()
+    f["happy"], f["sad"], f["angry"] = ((f["mood"] == mood).float() for mood in (1, 2, ANGRY))
     f["head_w"] = HEAD[0] * (0.92 + 0.16 * f["wide"])
     f["gap"] = OPEN * f["opening"]                                                            # half height
     f["mouth_w"] = NARROW + (WIDE - NARROW) * f["width"]                                      # half width
@@ -399,7 +400,8 @@ def paint(rows, frames, h, w):
     line = f["line_y"] + f["line_slope"] * x + f["line_bend"] * x * x
     fill(hair, torch.maximum(ellipse(x, y + 3, f["head_w"] + 3.5, HEAD[1] + 3.5), y - line))
     along = side - f["eye_x"]
-    brow = y - f["brow_y"] + 2.5 * f["happy"] - (0.04 + 0.42 * f["sad"]) * along - 0.016 * along.square()     # sad brows rise to the nose
+    slope = 0.04 + 0.42 * f["sad"] - 0.5 * f["angry"]                  # sad brows rise to the nose, angry ones fall
+    brow = y - f["brow_y"] + 2.5 * f["happy"] - 4 * f["angry"] - slope * along - 0.016 * along.square()
     fill(0.55 * hair, box(along, brow, 6.8, 1.7 * f["brow_size"], 1.5))
     return picture.mul_(2).sub_(1)
 
@@ -423,7 +425,7 @@ def eyes(f, side, y, iris, fill):
 def lips(f, x, y, lay):
     """Lips around an opening of one dark red; the lower lip goes further than the upper; moods bend the corners."""
     outer_w = f["mouth_w"] + LIP
-    bend = 4.0 * f["happy"] - 4.0 * f["sad"] + 0.6
+    bend = 4.0 * f["happy"] - 4.0 * f["sad"] - 3.0 * f["angry"] + 0.6
     y = (y - f["mouth_y"] - 0.25 * f["gap"] + bend * ((x / outer_w).square() - 0.35)) * f["scale"]
     for colour, half_w, half_h in ((LIPS, outer_w, f["gap"] + LIP), (INSIDE, f["mouth_w"], f["gap"])):
         lay(colour, between(y, half_h * f["scale"] * (1 - (x / half_w).square()).clamp(min=0).sqrt()))

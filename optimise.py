@@ -1,0 +1,149 @@
+"""The training loop: AdamW on whatever a stage trains, averaged weights, exact resume, several GPUs, the loss as text and picture.
+
+A stage is a dict of networks and a function step -> loss. All that is random in a step must come from `generator(device, seed, step)`, so
+that a run which was stopped and resumed gives the bits of one that was not.
+"""
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import nn
+
+
+class Stage(NamedTuple):
+    """What is trained, and how well it does."""
+    nets: nn.ModuleDict                                              # the parameters that change
+    loss: Callable                                                   # step -> scalar
+    finish: Callable | None = lambda nets: {}                        # averaged nets -> what else NAME.weights.pt holds; None: no such file
+
+
+# ---------------------------------------------------------------------------------------------------------------- several GPUs
+
+def world():
+    """(rank, number of processes) as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device(name):
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world()[1] > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def average_gradients(parameters):
+    """The mean over all processes, in one message. What took no part in this step has no gradient, in any process."""
+    if world()[1] > 1:
+        parameters = [p for p in parameters if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, g in zip(parameters, (flat / world()[1]).split([p.numel() for p in parameters])):
+            p.grad.copy_(g.view_as(p))
+
+
+def generator(device, *numbers):
+    """For one purpose: the same numbers give the same randomness."""
+    seed = 0
+    for n in numbers:
+        seed = (seed * 1_000_003 + n + 1) % 2 ** 62
+    return torch.Generator(device).manual_seed(seed)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the loop
+
+def learning_rate(step, o):
+    return o.lr * min(1, (step + 1) / o.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / o.steps)))
+
+
+def train(name, stage, o, device):
+    """Optimise until o.steps, from the saved state if there is one; leaves the averaged weights in stage.nets.
+
+    Writes out/NAME.pt (the state) and out/NAME.txt, NAME.png (the loss).
+    """
+    rank, _ = world()
+    path = Path(o.out) / f"{name}.pt"
+    trained = [p for p in stage.nets.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in trained]
+    optimiser = torch.optim.AdamW(trained, lr=o.lr, betas=(0.9, 0.99), weight_decay=o.decay, fused=device.type == "cuda")
+    first, log, losses = 0, [], []
+    if path.is_file():
+        state = load_state(path)
+        if [p.shape for p in trained] != [p.shape for p in state["weights"]]:
+            raise ValueError(f"{path} is the state of a run with other networks: remove it, or give another --out")
+        first, log, losses = state["step"], state["log"], [x.to(device) for x in state["losses"]]
+        optimiser.load_state_dict(state["optimiser"])
+        with torch.no_grad():
+            for p, e, saved, saved_e in zip(trained, average, state["weights"], state["average"]):
+                p.copy_(saved), e.copy_(saved_e)
+        print(f"{name}: goes on from step {first}")
+    last, start = min(o.stop or o.steps, o.steps), time.perf_counter() - (log[-1][2] if log else 0)
+    for step in range(first, last):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, o)
+        loss = stage.loss(step)
+        loss.backward()
+        average_gradients(trained)
+        nn.utils.clip_grad_norm_(trained, o.clip)
+        optimiser.step()
+        optimiser.zero_grad()
+        with torch.no_grad():                                        # the first steps are soon forgotten
+            torch._foreach_lerp_(average, trained, 1 - min(o.ema, (step + 1) / (step + 10)))
+        losses.append(loss.detach())
+        if (step + 1) % max(1, o.steps // 200) == 0 or step + 1 == o.steps:
+            log.append([step + 1, torch.stack(losses).mean().item(), time.perf_counter() - start])
+            losses = []
+            if not math.isfinite(log[-1][1]):
+                raise ValueError(f"the loss is {log[-1][1]} at step {step + 1}: choose a smaller --lr and start again")
+            if rank == 0:
+                print(f"{name} step {log[-1][0]:6d} of {o.steps}   loss {log[-1][1]:.4f}   {log[-1][2]:.0f} s", flush=True)
+        if rank == 0 and ((step + 1) % o.save == 0 or step + 1 == last):
+            save_state(path, dict(step=step + 1, log=log, losses=losses, weights=trained, average=average,
+                                  optimiser=optimiser.state_dict()))
+    with torch.no_grad():
+        for p, e in zip(trained, average):
+            p.copy_(e)
+    if rank == 0:
+        if log:
+            write_curve(Path(o.out) / name, log)
+        if stage.finish:
+            nets = {key: net.state_dict() for key, net in stage.nets.items()}
+            save_state(Path(o.out) / f"{name}.weights.pt", nets | stage.finish(stage.nets))
+
+
+def save_state(path, state):
+    """Complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def load_state(path, wanted=None):
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: run `python train.py {wanted}` first")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_curve(stem, log):
+    """NAME.txt with step, loss and seconds; NAME.png with the loss over the steps, both axes logarithmic."""
+    lines = [f"{step:8d} {loss:10.5f} {seconds:8.1f}" for step, loss, seconds in log]
+    Path(f"{stem}.txt").write_text("\n".join(["    step       loss  seconds", *lines, ""]))
+    w, h, edge = 640, 360, 40
+    picture = Image.new("RGB", (w, h), "white")
+    pen, xs, ys = ImageDraw.Draw(picture), [math.log(r[0]) for r in log], [math.log(max(r[1], 1e-9)) for r in log]
+    spread = lambda v, vs, a, b: a + (b - a) * (v - min(vs)) / max(max(vs) - min(vs), 1e-9)
+    pen.rectangle((edge, edge, w - edge, h - edge), outline="#888888")
+    pen.line([(spread(x, xs, edge, w - edge), spread(y, ys, h - edge, edge)) for x, y in zip(xs, ys)], fill="#1f5fbf", width=2)
+    pen.text((edge, h - edge + 6), f"step {log[0][0]}", "black"), pen.text((w - 2 * edge, h - edge + 6), f"{log[-1][0]}", "black")
+    pen.text((2, edge), f"{math.exp(max(ys)):.3g}", "black"), pen.text((2, h - edge - 10), f"{math.exp(min(ys)):.3g}", "black")
+    pen.text((edge, 12), f"{Path(stem).name}: loss {log[-1][1]:.4f} at step {log[-1][0]}", "black")
+    picture.save(f"{stem}.png")

@@ -1,0 +1,266 @@
+"""train.py on a small scale: every stage lowers its loss, resume is exact, what is exported runs, LoRAs merge as they were trained.
+
+    pytest test_train.py
+"""
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import checkpoints
+import convert_weights
+import fp8
+import lora
+import sample
+import train
+from audio import RATE, AudioConfig
+from model import Config
+from text import TextConfig
+from vae import VAEConfig
+from video import VideoWriter
+
+STAGES = {"audio": ["audio"], "vae": ["vae"], "dit_both": ["dit"]} | {f"dit_{e}": ["dit", "--expert", e] for e in ("high", "low")}
+STEPS = {"audio": 16, "vae": 12}                 # of the others 8
+QUICK = dict(CLIP=16, PAST=9, PHASES=((0.5, 1, 32, 2), (0.5, 5, 32, 1)),
+             AUDIO=AudioConfig(dim=16, ffn_dim=16, n_head=2, n_layer=1, conv_dim=(8,) * 7, pos_kernel=4, pos_groups=2),
+             TEXT=TextConfig(vocab=1024, dim=16, dim_attn=16, ffn=16, n_head=2, n_layer=1),
+             TINY_VAE=VAEConfig(dim=4, dec_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1),
+             DENOISER=Config(dim=32, ffn_dim=32, n_head=2, n_layer=2, text_dim=16, text_len=32, freq_dim=16, audio_dim=16, audio_states=2,
+                             audio_layers=(0,)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """The same code with small networks and short clips."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK.items():
+            patch.setattr(train, name, value)
+        yield
+
+
+def tone(seconds, seed=0):
+    """Syllables of a kind: a buzz that swells four times a second."""
+    t = np.arange(round(seconds * RATE)) / RATE
+    buzz = sum(np.sin(2 * np.pi * f * t) for f in (150, 450, 900 + 300 * seed, 2100))
+    return (0.1 * buzz * np.maximum(0, np.sin(2 * np.pi * 4 * t + seed))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech")
+    for i in range(2):
+        soundfile.write(folder / f"{i}.wav", tone(7, i), RATE)
+    return folder
+
+
+def arguments(stage, speech, out):
+    return [*STAGES[stage], "--speech", str(speech), "--out", str(out), "--steps", str(STEPS.get(stage, 8)), "--batch", "2", "--lr", "3e-3",
+            "--warmup", "2", "--ema", "0.5", "--pool", "2", "--fresh", "1", "--every", "100", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(speech, tmp_path_factory):
+    """A folder in which all stages were trained."""
+    out = tmp_path_factory.mktemp("runs")
+    for stage in STAGES:
+        assert train.main(arguments(stage, speech, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def tiny(runs):
+    """Two experts in bfloat16, exported from them."""
+    assert train.main(["export", "--out", str(runs), "--to", str(runs / "tiny"), "--no-fp8"]) == 0
+    return runs / "tiny"
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def alike(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- the stages
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_lowers_the_loss(stage, runs, speech):
+    o, cpu = train.parse(arguments(stage, speech, runs)), torch.device("cpu")
+    make = {"audio": train.audio_stage, "vae": train.vae_stage}.get(stage, train.dit_stage)
+    torch.manual_seed(0)
+    made, losses = make(o, cpu), []
+    steps = [0, o.steps - 1] if stage == "vae" else range(4)         # of both phases; of both kinds of clip
+    for trained in (False, True):
+        if trained:
+            for kind, net in made.nets.items():
+                net.load_state_dict(state(runs / f"{stage}.weights.pt")[kind])
+        with torch.no_grad():
+            losses.append(sum(made.loss(step).item() for step in steps) / len(steps))
+    print(f"{stage}: {losses[0]:.4f} -> {losses[1]:.4f}")
+    assert losses[1] < 0.97 * losses[0]
+    assert (runs / f"{stage}.png").is_file() and len((runs / f"{stage}.txt").read_text().splitlines()) == o.steps + 1
+
+
+@pytest.mark.parametrize("stage", ["audio", "vae", "dit_both"])
+def test_resume_is_exact(stage, runs, speech, tmp_path):
+    for name in ("audio.weights.pt", "vae.weights.pt"):
+        shutil.copy(runs / name, tmp_path)
+    argv = arguments(stage, speech, tmp_path)
+    for stop in (5, 0):
+        assert train.main([*argv, "--stop", str(stop), "--save", "4"]) == 0
+    once, twice = state(runs / f"{stage}.pt"), state(tmp_path / f"{stage}.pt")
+    assert alike(once["weights"], twice["weights"]) and alike(once["average"], twice["average"])
+    assert [row[:2] for row in once["log"]] == [row[:2] for row in twice["log"]]
+    moments = [[x for p in s["optimiser"]["state"].values() for x in p.values()] for s in (once, twice)]
+    assert alike(*moments)
+
+
+def test_losses_between_two_lines_of_the_log_are_not_lost(tmp_path):
+    """The log has a line for several steps; a stop in between changes no number."""
+    o = train.Options(out=str(tmp_path), steps=400, lr=1e-3, warmup=1)
+    logs = []
+    for name, stops in (("a", [0]), ("b", [1, 4, 201, 0])):
+        net = torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)})
+        with torch.no_grad():
+            net["x"].weight.fill_(1), net["x"].bias.fill_(1)
+        stage = train.Stage(net, lambda step: (net["x"].weight * (step % 7)).square().mean())
+        for stop in stops:
+            train.train(name, stage, train.dataclasses.replace(o, stop=stop), torch.device("cpu"))
+        logs.append([row[:2] for row in state(tmp_path / f"{name}.pt")["log"]])
+    assert len(logs[0]) == 200 and logs[0] == logs[1]
+
+
+def test_export_runs(tiny, speech, tmp_path, capsys):
+    opened = checkpoints.open_checkpoint(tiny)
+    assert (opened.experts, opened.boundary, opened.note) == (["denoiser_high", "denoiser_low"], 0.875, train.NOTE)
+    Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(tmp_path / "face.png")
+    assert sample.cli(["--ckpt", str(tiny), "--audio", str(speech / "0.wav"), "--duration", "1.5", "--image", str(tmp_path / "face.png"),
+                       "--out", f"{tmp_path}/frames/", "--steps", "2", "--size", "64x64", "--clip-frames", "16", "--device", "cpu"]) == 0
+    assert len(list((tmp_path / "frames").glob("*.png"))) > 16
+    alone = tmp_path / "runs"                                        # without the two experts, in float8
+    alone.mkdir()
+    for name in ("audio.weights.pt", "vae.weights.pt", "dit_both.weights.pt", "tokenizer.json"):
+        shutil.copy(tiny.parent / name, alone)
+    assert train.main(["export", "--out", str(alone), "--to", str(tmp_path / "one")]) == 0
+    one = checkpoints.open_checkpoint(tmp_path / "one")
+    assert one.experts == ["denoiser"] and one.boundary is None
+    assert any(entry.dtype == fp8.E4M3 for entry in one.parts["denoiser"].tensors.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- fine-tuning
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Two videos with sound, of different shapes; one has a caption and a reference picture, the other neither."""
+    folder, frames = tmp_path_factory.mktemp("films"), 28
+    soundfile.write(folder / "sound.wav", tone(frames / 16), RATE)
+    for name, size in (("a", (64, 64)), ("b", (64, 128))):
+        with VideoWriter(folder / f"{name}.mp4", size, 16, audio=folder / "sound.wav") as film:
+            film.write((torch.arange(frames) / frames * 2 - 1).view(1, -1, 1, 1).expand(3, -1, *size))
+    (folder / "a.txt").write_text("a person with green hair")
+    Image.fromarray(np.full((64, 64, 3), 128, np.uint8)).save(folder / "a.png")
+    return folder
+
+
+def tune(tiny, films, out, *more):
+    return train.main(["tune", "--ckpt", str(tiny), "--data", str(films), "--out", str(out / "state"), "--to", str(out / "new"),
+                       "--steps", "4", "--lr", "1e-2", "--warmup", "1", "--device", "cpu", *more])
+
+
+def test_lora_merges_as_it_was_trained(tiny, films, tmp_path):
+    assert tune(tiny, films, tmp_path, "--lora", "2", "--recompute", "--stop", "2") == 0
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert tune(tiny, films, tmp_path, "--lora", "2", "--recompute") == 0
+    given = [f"{side}={tmp_path / 'new'}.{side}.safetensors" for side in ("high", "low")]
+    merged = convert_weights.prepare(checkpoints.open_checkpoint(tiny), loras=given)
+    stage, source = train.tune_stage(train.parse(["tune", "--ckpt", str(tiny), "--data", str(films), "--lora", "2"]), torch.device("cpu"))
+    with torch.no_grad():
+        trained = [p for p in stage.nets.parameters() if p.requires_grad]
+        for p, average in zip(trained, state(tmp_path / "state" / "tune_new_both.pt")["average"], strict=True):
+            p.copy_(average)
+    clips, rows = train.filmed_folder(source, train.parse(["tune", "--data", str(films)]), torch.device("cpu"))
+    for name, net in stage.nets.items():
+        config, tensors = source.configs["denoiser"], merged.parts[name].tensors
+        changed = {key: layer for key, layer in net.named_modules() if isinstance(layer, train.LoRA)}
+        assert len(changed) == 2 * 10 + 4                            # of 2 blocks, one with audio
+        for key, layer in changed.items():
+            assert layer.up.abs().max() > 0
+            assert torch.equal(tensors[f"{key}.weight"].read(), layer.layer.weight + layer.up @ layer.down)
+        whole = checkpoints.materialise("denoiser", config, tensors, dtype=torch.float32)
+        for clip in (clips[0], clips[1]):
+            inputs = clip.latents.shape[2:], rows[1][None], clip.audio, clip.ref, clip.motion
+            with torch.no_grad():
+                said = [each(clip.latents, torch.tensor([900.0]), each.prepare(*inputs)) for each in (net, whole)]
+            torch.testing.assert_close(*said, rtol=1e-4, atol=1e-5)
+    assert convert_weights.main([str(tiny), str(tmp_path / "merged"), "--lora", given[0], "--lora", given[1]]) == 0
+
+
+def test_lora_file_has_official_names(tiny, films, tmp_path):
+    assert tune(tiny, films, tmp_path, "--lora", "1", "--expert", "low", "--targets", "self_attn.q inject.o", "--steps", "1") == 0
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["new.low.safetensors"]
+    keys = set(checkpoints.open_safetensors(tmp_path / "new.low.safetensors"))
+    assert "diffusion_model.audio_injector.injector.0.o.lora_A.weight" in keys and len(keys) == 2 * 3
+    assert len(lora.read_lora(tmp_path / "new.low.safetensors", train.DENOISER)) == 3
+
+
+def test_tuning_all_weights_writes_a_folder(tiny, films, tmp_path):
+    """Float8 checkpoints are tuned in full precision and written in float8 again."""
+    source = checkpoints.open_checkpoint(tiny)
+    convert_weights.save(source, tmp_path / "old", quantize=True)
+    assert tune(tmp_path / "old", films, tmp_path, "--lora", "0") == 0
+    old, new = (checkpoints.open_checkpoint(folder) for folder in (tmp_path / "old", tmp_path / "new"))
+    assert new.parts["denoiser_low"].tensors["blocks.0.ffn.0.weight"].dtype == fp8.E4M3
+    for name in old.parts:
+        same = [torch.equal(entry.read(), new.parts[name].tensors[key].read()) for key, entry in old.parts[name].tensors.items()]
+        assert all(same) != name.startswith("denoiser"), name
+
+
+def test_picture_and_sound_of_a_film_are_lead_frames_apart(films, monkeypatch):
+    """A film gets brighter by one step a frame, and audio column c is the number c."""
+    class Eyes:
+        stride = (4, 8, 8)
+
+        def encode(self, video):                                     # the last frame of each latent: its number
+            return ((video.mean((1, 3, 4), keepdim=True) + 1) / 2 * 28).round()[:, :, ::4]
+    monkeypatch.setattr(train, "audio_features", lambda encoder, wav, fps, clip: (torch.arange(60.0).view(1, 1, -1), 1))
+    for lead in (3, 0):
+        o = train.Options(lead=lead)
+        first, later = train.filmed_clips(films / "b.mp4", Eyes(), None, 1, 128 * 128, o, torch.device("cpu"))
+        for clip, start in ((first, 0), (later, train.PAST)):
+            assert clip.audio.flatten().tolist() == list(range(start + lead, start + lead + train.CLIP))
+            assert clip.latents.flatten().tolist() == list(range(start + 3, start + train.CLIP, 4))
+        assert first.motion is None and later.motion.flatten().tolist() == list(range(0, train.PAST, 4)) and first.ref.item() == 14
+
+
+# ----------------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("argv, message", [
+    (["vae", "--speech", "EMPTY"], "wanted a folder with sound files"),
+    (["dit", "--out", "EMPTY"], "vae.weights.pt is not there: run `python train.py vae` first"),
+    (["export", "--out", "EMPTY"], "is not there: run"),
+    (["dit", "--expert", "middle"], "expert must be both, high or low, got middle"),
+    (["tune", "--ckpt", "EMPTY"], "is no checkpoint"),
+    (["tune", "--ckpt", "TINY", "--data", "EMPTY"], "got 0 videos: add some"),
+    (["tune", "--ckpt", "TINY", "--data", "FILMS", "--targets", "self_attn.x"], "no block has a linear layer self_attn.x: wanted some of"),
+    (["tune", "--ckpt", "TINY", "--data", "FILMS", "--lora", "0", "--to", "TINY"], "exists: give a new folder with --to"),
+    (["tune", "--ckpt", "TINY", "--data", "SILENT"], "without sound: take it out of the folder")])
+def test_bad_input_is_one_line(argv, message, tiny, films, tmp_path, capsys):
+    (tmp_path / "silent").mkdir()
+    with VideoWriter(tmp_path / "silent" / "a.mp4", (64, 64), 16) as film:
+        film.write(torch.zeros(3, 4, 64, 64))
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": tmp_path / "empty", "TINY": tiny, "FILMS": films, "SILENT": tmp_path / "silent"}
+    assert train.main([str(places.get(word, word)) for word in argv] + ["--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
+
+
+def test_state_of_other_networks_is_refused(tiny, films, tmp_path, capsys):
+    for rank, status in (("1", 0), ("2", 2)):
+        assert tune(tiny, films, tmp_path, "--lora", rank, "--stop", "1") == status
+    assert "is the state of a run with other networks" in capsys.readouterr().err
