@@ -91,7 +91,7 @@ def parser():
     g.add_argument("--steps", type=int, help="denoising steps (default: TI2V-5B 50, others 40, tiny 12)")
     g.add_argument("--shift", type=float, help="schedule shift towards high noise (default: S2V-14B 3, T2V-A14B 12, I2V-A14B 5, TI2V-5B 5)")
     g.add_argument("--guidance", type=numbers, help="classifier-free guidance, 1 turns it off; two values LOW,HIGH for the low- and high-noise "
-                   "experts (default: S2V-14B 4.5, T2V-A14B 3,4, I2V-A14B 3.5, TI2V-5B 5, tiny 2)")
+                   "experts (default: S2V-14B 4.5, T2V-A14B 3,4, I2V-A14B 3.5, TI2V-5B 5, tiny 1.5)")
     g.add_argument("--solver", help="unipc, dpm++ or euler (default: unipc)")
     g.add_argument("--seed", type=int, default=42, help="seed of clip 0; clip r uses seed + r (default: 42)")
     g = p.add_argument_group("machine")

@@ -1,10 +1,10 @@
 """The committed tiny checkpoint, end to end: lips follow the sound in the written file. python -m pytest -s test_tiny.py   (half a minute, CPU)
 
-A wrong audio offset, a shifted clip or a broken motion path fails here: one frame off costs 0.3 of the correlation and more.
+One frame off, the sound of another clip, and a later clip that is not decoded behind the one before it fail here. Motion tokens that are left out do
+not (the drawn heads hardly move): the reference cases pipeline_s2v_* of test_parity.py notice that.
 """
 from pathlib import Path
 
-import pytest
 import soundfile
 import torch
 
@@ -41,7 +41,7 @@ def test_lips_follow_the_sound(tmp_path, capsys):
 
 
 def test_later_clip_goes_on(tmp_path):
-    """The second clip sees the first through its motion tokens and its latents: same mouth, same colours, no jump."""
+    """The second clip hears its own sound and joins the first: mouth in time, same colours, no large jump."""
     sound = tmp_path / "long.wav"
     soundfile.write(sound, torch.cat([load_audio(VOICE), load_audio(ITALIAN)]).numpy(), 16000)
     frames, seen, wanted = make(tmp_path / "b.mp4", "--audio", sound, "--duration", 7.5, "--clips", 2, "--steps", 4)
@@ -53,11 +53,8 @@ def test_later_clip_goes_on(tmp_path):
     assert seam < 4 and all(clip["colour"] < 0.06 for clip in clips)
 
 
-@pytest.mark.parametrize("kind", ["noise"])
-def test_unknown_picture_is_said(tmp_path, capsys, kind):
-    from PIL import Image
-    pixels = (torch.rand(128, 128, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
-    Image.fromarray(pixels).save(tmp_path / "noise.png")
+def test_unknown_picture_is_said(tmp_path, capsys):
+    metrics.to_picture(torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1).save(tmp_path / "noise.png")
     assert sample.cli(["--image", str(tmp_path / "noise.png"), "--audio", str(VOICE), "--duration", "1", "--clip-frames", "20", "--steps", "1",
                        "--out", str(tmp_path / "c.mp4"), "--device", "cpu"]) == 0
     assert "unlike the pictures" in capsys.readouterr().err

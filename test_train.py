@@ -59,7 +59,7 @@ def speech(tmp_path_factory):
 
 def arguments(stage, speech, out):
     return [*STAGES[stage], "--speech", str(speech), "--out", str(out), "--steps", str(STEPS.get(stage, 8)), "--batch", "2", "--lr", "3e-3",
-            "--warmup", "2", "--ema", "0.5", "--pool", "2", "--fresh", "1", "--every", "100", "--device", "cpu"]
+            "--warmup", "2", "--ema", "0.5", "--pool", "2", "--fresh", "1", "--every", "3", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ import fp8
 import names
 import speech
 from audio import RATE, AudioConfig, AudioEncoder, align_to_fps, audio_features, load_audio, resample_50_to_30
-from model import Config, Denoiser, Linear, attention_backend, compile_blocks
+from model import Config, Denoiser, Linear, attention_backend
 from optimise import Stage, generator, load_state, pick_device, train, world
 from pictures import fit_frame, fit_picture, load_image, s2v_size
 from text import TextConfig, TextEncoder, Tokenizer, encode_prompt
@@ -85,7 +85,6 @@ class Options:
     save: int = option(1000, "steps between saved states; a run goes on from the last one by itself")
     stop: int = option(0, "end this run early, after this many steps; the same command without it goes on (0: at --steps)")
     device: str = option("auto", "cpu, cuda, cuda:1 (auto: a GPU if there is one)")
-    compile: bool = option(False, "torch.compile the denoiser's blocks")
     # dit
     expert: str = option("both", "both: all noise levels; high or low: this side of the boundary, starting from `both`")
     boundary: float = option(0.875, "sigma from which the high-noise expert serves")
@@ -400,8 +399,6 @@ def dit_stage(o, device):
     if o.expert == "both":
         net, encoder = initialise_denoiser(Denoiser(DENOISER)).to(device), initialise_text(TextEncoder(TEXT)).to(device)
     net.requires_grad_(True)
-    if o.compile:
-        compile_blocks(net)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)
     if world()[0] == 0:
