@@ -17,7 +17,7 @@ Source  Wan-Video/Wan2.2@42bf4cf wan/modules/model.py, wan/modules/s2v/{model_s2
 """
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -189,6 +189,12 @@ def rope_table(positions, head_dim):
     angles = [positions[:, axis:axis + 1] * ROPE_THETA ** (-torch.arange(n, dtype=torch.float64) / n) for axis, n in enumerate(pairs)]
     angles = torch.cat(angles, dim=1)                                # (N, D/2)
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2).float()
+
+
+@lru_cache(maxsize=2)
+def clip_rope(grid, ref, motion, head_dim, device):
+    """The table of all tokens of a clip, on the device: one for both guidance branches and for every clip of a kind."""
+    return rope_table(token_positions(grid, ref, motion), head_dim).to(device)
 
 
 def make_spans(segments, chunk=None):
@@ -450,14 +456,13 @@ class Denoiser(nn.Module):
         text = self.text(F.pad(text, (0, 0, 0, cfg.text_len - text.shape[1])))               # (B, S, C)
         audio_global, audio_local = self.audio_latents(audio) if cfg.audio_dim else (None, None)
         layers = tuple(block.prepare(text, audio_local, audio_global) for block in self.blocks)
-        positions = token_positions(grid, ref=bool(cfg.audio_dim), motion=motion is not None)
         segments = [(n * h * w, time) for n, time in ((clean_frames, 1), (T - clean_frames, 0)) if n]
         context = bias = None
         if cfg.audio_dim:
             context = self.context_tokens(ref, motion)
             segments.append((context.shape[1], 1))
             bias = self.token_kind.weight[:1] + (self.pose.bias if pose is None else self.tokens(self.pose, pose))
-        rope = rope_table(positions, cfg.dim // cfg.n_head).to(text.device)
+        rope = clip_rope(grid, bool(cfg.audio_dim), motion is not None, cfg.dim // cfg.n_head, text.device)
         return Cond(grid, make_spans(segments, chunk), rope, layers, image, bias, context)
 
     def modulations(self, t):
@@ -498,8 +503,8 @@ class Denoiser(nn.Module):
 
 @cache
 def fast(function):
-    """A compiled function, one for all blocks. The first span fixes its length, the second makes it free: no more compilation after that."""
-    return torch.compile(function)
+    """A compiled function, one for all blocks, for spans of any length in tensors of any length: a later clip has more tokens than the first."""
+    return torch.compile(function, dynamic=True)
 
 
 def all_blocks(net):
