@@ -15,7 +15,7 @@ convolutions, audio encoder and head stay as they are.
 """
 import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,14 @@ def quantized(tensors, device="cpu"):
         else:
             out[name] = entry
     return out
+
+
+def multiplied_out(tensors):
+    """The way back: a denoiser's tensors with float8 weights as bfloat16, for training and for comparison.  {name: Entry} -> the same"""
+    def read(name):
+        return dequantize(tensors[name].read(), tensors[f"{name}_scale"].read())
+    return {name: replace(entry, dtype=torch.bfloat16, read=partial(read, name), scale=None) if f"{name}_scale" in tensors else entry
+            for name, entry in tensors.items() if not name.endswith(".weight_scale")}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the layer

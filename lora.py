@@ -6,6 +6,7 @@
     blocks.0.norm3.diff, .diff_b, head.diff_m                             whole differences of weight, bias and modulation
 
 Every key must find its parameter: nothing is skipped. A rank-stabilised LoRA whose alpha is not rank^1.5 needs scale sqrt(rank).
+The last part is about LoRAs in training: layers that have one, and the file that becomes of them.
 """
 import dataclasses
 import math
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
 
 import checkpoints
 import fp8
 import names
+from model import Linear
 
 PREFIXES = re.compile(r"(?:diffusion_model\.|transformer\.|pipe\.dit\.|base_model\.model\.|lora_unet__?|lycoris_)*")
 SUFFIXES = [   # how a key ends, and what the tensor then is; None: as PAIRS says
@@ -143,3 +148,47 @@ def merged(tensors, changes, device="cpu"):
         changed[name] = dataclasses.replace(tensors[name], dtype=dtype, read=read)
     again = fp8.quantized({name: entry for name, entry in changed.items() if f"{name}_scale" in tensors}, device)
     return tensors | changed | again
+
+
+# ------------------------------------------------------------------------------------------------------------------------- training
+
+class LoRA(nn.Module):
+    """A linear layer and a learned difference of low rank, kept in float32: y = layer(x) + up(down(x))."""
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Parameter(torch.randn(rank, layer.in_features, device=layer.weight.device) * layer.in_features ** -0.5)
+        self.up = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
+
+    def forward(self, x):
+        x = x.to(self.layer.weight.dtype)                            # saved once for the backward pass of both
+        return self.layer(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+def add(net, rank, targets):
+    """Give every target layer of the blocks a LoRA; all else is frozen.  ValueError for a target that no block has"""
+    places = {name: name.split(".", 2)[2] for name, layer in net.named_modules() if name[:7] == "blocks." and isinstance(layer, Linear)}
+    if unknown := sorted(set(targets) - set(places.values())):
+        raise ValueError(f"no block has a linear layer {unknown[0]}: wanted some of {', '.join(sorted(set(places.values())))}")
+    for name, place in places.items():
+        if place in targets:
+            net.set_submodule(name, LoRA(net.get_submodule(name), rank))
+    return net
+
+
+def write(experts, config, target):
+    """One file, or NAME.high and NAME.low for two experts, with the names of the official layers, which most programs read."""
+    theirs = names.inverse(names.official_rules("denoiser", config))
+    for expert, net in experts.items():
+        tensors = {}
+        for name, layer in net.named_modules():
+            if isinstance(layer, LoRA):
+                stem = "diffusion_model." + names.rename(f"{name}.weight", theirs).removesuffix(".weight")
+                tensors |= {f"{stem}.lora_{letter}.weight": value.detach().cpu().contiguous()
+                            for letter, value in (("A", layer.down), ("B", layer.up))}
+        side = expert.partition("_")[2]
+        path = Path(target).with_suffix(f".{side}.safetensors" if side else ".safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+        print(f"wrote {path}, for convert_weights.py --lora {side + '=' if side else ''}{path}")

@@ -1,7 +1,8 @@
 """The training loop: AdamW on whatever a stage trains, averaged weights, exact resume, several GPUs, the loss as text and picture.
 
-A stage is a dict of networks and a function step -> loss. All that is random in a step must come from `generator(device, seed, step)`, so
-that a run which was stopped and resumed gives the bits of one that was not.
+A stage is a dict of networks, a function step -> batch and one batch -> loss. All that is random comes with the batch, from
+`generator(device, seed, step)`: a run which was stopped and resumed gives the bits of one that was not, and the loss, which is then always the
+same computation, can be recorded as a CUDA graph. Small networks are limited by the rate at which Python starts kernels, not by the GPU.
 """
 import math
 import os
@@ -19,8 +20,10 @@ from torch import nn
 class Stage(NamedTuple):
     """What is trained, and how well it does."""
     nets: nn.ModuleDict                                              # the parameters that change
-    loss: Callable                                                   # step -> scalar
+    batch: Callable                                                  # step -> (kind of computation, tensor or None, ...)
+    loss: Callable                                                   # (kind, tensor or None, ...) -> scalar
     finish: Callable | None = lambda nets: {}                        # averaged nets -> what else NAME.weights.pt holds; None: no such file
+    record: bool = True                                              # on a GPU, as a graph per kind and shapes: for networks that are small
 
 
 # ---------------------------------------------------------------------------------------------------------------- several GPUs
@@ -61,6 +64,72 @@ def generator(device, *numbers):
 
 # -------------------------------------------------------------------------------------------------------------------- the loop
 
+class Recording:
+    """Loss and gradients of batches of one kind and shape, as a CUDA graph."""
+
+    def __init__(self, loss, kind, batch, parameters):
+        self.batch, self.graph, side = [x if x is None else x.clone() for x in batch], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                                # libraries choose their kernels at the first calls
+            for _ in range(2):
+                loss(kind, *self.batch).backward()
+                forget_gradients(parameters)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):        # of several GPUs, other threads wait for messages
+            self.loss = loss(kind, *self.batch)
+            self.loss.backward()
+        self.gradients = [p.grad for p in parameters]
+
+    def play(self, batch, parameters):
+        for mine, x in zip(self.batch, batch):
+            if x is not None:
+                mine.copy_(x)
+        self.graph.replay()
+        for p, gradient in zip(parameters, self.gradients):
+            p.grad = gradient
+        return self.loss.detach().clone()
+
+
+def forget_gradients(parameters):
+    for p in parameters:
+        p.grad = None
+
+
+def gradients(stage, kind, batch, parameters, recordings):
+    """The loss of a batch, its gradients left in the parameters.  recordings  {(kind, shapes): Recording} of the steps before"""
+    key = kind, *(x if x is None else x.shape for x in batch)
+    if key not in recordings:
+        recordings[key] = None
+        if stage.record and parameters[0].is_cuda:
+            try:
+                recordings[key] = Recording(stage.loss, kind, batch, parameters)
+            except RuntimeError as error:                            # an operation that waits for the GPU, or no memory for a copy of all
+                print(f"goes on without a CUDA graph: {str(error).splitlines()[0]}", flush=True)
+                forget_gradients(parameters)
+    if recordings[key]:
+        return recordings[key].play(batch, parameters)
+    loss = stage.loss(kind, *batch)
+    loss.backward()
+    return loss.detach()
+
+
+def batches(make, steps, device):
+    """make(step) for every step. On a GPU it works on a stream of its own, beside what is queued for the step before."""
+    if device.type != "cuda":
+        yield from map(make, steps)
+        return
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    for step in steps:
+        with torch.cuda.stream(side):
+            kind, *batch = make(step)
+        main.wait_stream(side)
+        for x in batch:
+            if x is not None:
+                x.record_stream(main)                                # not used again by the other stream before this one is done
+        yield kind, *batch
+
+
 def learning_rate(step, o):
     return o.lr * min(1, (step + 1) / o.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / o.steps)))
 
@@ -75,7 +144,7 @@ def train(name, stage, o, device):
     trained = [p for p in stage.nets.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in trained]
     optimiser = torch.optim.AdamW(trained, lr=o.lr, betas=(0.9, 0.99), weight_decay=o.decay, fused=device.type == "cuda")
-    first, log, losses = 0, [], []
+    first, log, losses, recordings = 0, [], [], {}
     if path.is_file():
         state = load_state(path)
         if [p.shape for p in trained] != [p.shape for p in state["weights"]]:
@@ -87,18 +156,16 @@ def train(name, stage, o, device):
                 p.copy_(saved), e.copy_(saved_e)
         print(f"{name}: goes on from step {first}")
     last, start = min(o.stop or o.steps, o.steps), time.perf_counter() - (log[-1][2] if log else 0)
-    for step in range(first, last):
+    for step, (kind, *batch) in enumerate(batches(stage.batch, range(first, last), device), first):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, o)
-        loss = stage.loss(step)
-        loss.backward()
+        losses.append(gradients(stage, kind, batch, trained, recordings))
         average_gradients(trained)
         nn.utils.clip_grad_norm_(trained, o.clip)
         optimiser.step()
-        optimiser.zero_grad()
+        forget_gradients(trained)
         with torch.no_grad():                                        # the first steps are soon forgotten
             torch._foreach_lerp_(average, trained, 1 - min(o.ema, (step + 1) / (step + 10)))
-        losses.append(loss.detach())
         if (step + 1) % max(1, o.steps // 200) == 0 or step + 1 == o.steps:
             log.append([step + 1, torch.stack(losses).mean().item(), time.perf_counter() - start])
             losses = []

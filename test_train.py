@@ -3,7 +3,6 @@
     pytest test_train.py
 """
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,7 +99,7 @@ def test_training_lowers_the_loss(stage, runs, speech):
             for kind, net in made.nets.items():
                 net.load_state_dict(state(runs / f"{stage}.weights.pt")[kind])
         with torch.no_grad():
-            losses.append(sum(made.loss(step).item() for step in steps) / len(steps))
+            losses.append(sum(made.loss(*made.batch(step)).item() for step in steps) / len(steps))
     print(f"{stage}: {losses[0]:.4f} -> {losses[1]:.4f}")
     assert losses[1] < 0.97 * losses[0]
     assert (runs / f"{stage}.png").is_file() and len((runs / f"{stage}.txt").read_text().splitlines()) == o.steps + 1
@@ -128,7 +127,7 @@ def test_losses_between_two_lines_of_the_log_are_not_lost(tmp_path):
         net = torch.nn.ModuleDict({"x": torch.nn.Linear(2, 2)})
         with torch.no_grad():
             net["x"].weight.fill_(1), net["x"].bias.fill_(1)
-        stage = train.Stage(net, lambda step: (net["x"].weight * (step % 7)).square().mean())
+        stage = train.Stage(net, lambda step: (None, torch.tensor(step % 7)), lambda _, factor: (net["x"].weight * factor).square().mean())
         for stop in stops:
             train.train(name, stage, train.dataclasses.replace(o, stop=stop), torch.device("cpu"))
         logs.append([row[:2] for row in state(tmp_path / f"{name}.pt")["log"]])
@@ -186,7 +185,7 @@ def test_lora_merges_as_it_was_trained(tiny, films, tmp_path):
     clips, rows = train.filmed_folder(source, train.parse(["tune", "--data", str(films)]), torch.device("cpu"))
     for name, net in stage.nets.items():
         config, tensors = source.configs["denoiser"], merged.parts[name].tensors
-        changed = {key: layer for key, layer in net.named_modules() if isinstance(layer, train.LoRA)}
+        changed = {key: layer for key, layer in net.named_modules() if isinstance(layer, lora.LoRA)}
         assert len(changed) == 2 * 10 + 4                            # of 2 blocks, one with audio
         for key, layer in changed.items():
             assert layer.up.abs().max() > 0

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 
 import ftfy
 import tokenizers
@@ -45,6 +46,12 @@ def position_buckets(S, n_bucket, max_distance):
     bucket = torch.where(d < near, d, far)                                     # (S,)     by absolute distance
     offset = d[None, :] - d[:, None]                                           # (S, S)   key minus query
     return bucket[offset.abs()] + half * (offset > 0)
+
+
+@lru_cache(maxsize=1)
+def buckets_on(device, *sizes):
+    """`position_buckets` on a device, made once for all prompts of a length."""
+    return position_buckets(*sizes).to(device)
 
 
 class RMSNorm(nn.Module):
@@ -122,7 +129,7 @@ class TextEncoder(nn.Module):
         returns  (B, S, C) in the weights' dtype, padding rows included
         source   official L267-312
         """
-        bucket = position_buckets(ids.shape[1], self.config.n_bucket, self.config.max_distance).to(ids.device)
+        bucket = buckets_on(ids.device, ids.shape[1], self.config.n_bucket, self.config.max_distance)
         x = self.embed(ids).float()                       # (B, S, C)
         for block in self.blocks:
             x = block(x, bucket, mask)

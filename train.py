@@ -32,7 +32,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -41,10 +40,10 @@ import convert_weights
 import faces
 import fake_checkpoint
 import fp8
-import names
+import lora
 import speech
 from audio import RATE, AudioConfig, AudioEncoder, align_to_fps, audio_features, load_audio, resample_50_to_30
-from model import Config, Denoiser, Linear, attention_backend
+from model import Config, Denoiser, attention_backend, compile_blocks
 from optimise import Stage, generator, load_state, pick_device, train, world
 from pictures import fit_frame, fit_picture, load_image, s2v_size
 from text import TextConfig, TextEncoder, Tokenizer, encode_prompt
@@ -94,6 +93,7 @@ class Options:
     pool: int = option(2048, "clips kept ready")
     fresh: int = option(16, "clips that are replaced at once")
     every: int = option(30, "steps between two replacements")
+    compile: bool = option(False, "torch.compile the denoiser's blocks")
     # export
     to: str = option("", "new checkpoint folder of export (weights/tiny); LoRA file, or new folder, of tune (tuned)")
     fp8: bool = option(True, "export with the denoisers' large matrices in float8")
@@ -138,8 +138,8 @@ def heard(wav, columns):
 
 
 def mixed(device):
-    """Matrix products and convolutions in bfloat16 on a GPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Matrix products and convolutions in bfloat16 on a GPU. Nothing is kept from one to the next: what is recorded must be complete."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def standardise(wav):
@@ -154,13 +154,16 @@ def audio_stage(o, device):
     heads = nn.ModuleList(nn.Linear(AUDIO.dim, 22) for _ in range(AUDIO.n_layer + 1)).to(device)
     sound = speech.load_folder(o.speech, device)
 
-    def loss(step):
+    def batch(step):
         g = generator(device, o.seed, step, world()[0])
         wav = speech.augment(speech.crops(sound, o.batch, 5.0, g), g)
-        states = encoder(standardise(wav))                           # (states, B, T, C)
-        target = heard(wav, states.shape[2])
+        wave = standardise(wav)
+        return None, wave, heard(wav, AUDIO.columns(wave.shape[1]))
+
+    def loss(_, wave, target):
+        states = encoder(wave)                                       # (states, B, T, C)
         return sum(F.smooth_l1_loss(head(x).float(), target, beta=0.2) for head, x in zip(heads, states)) / len(heads)
-    return Stage(nn.ModuleDict({"audio": encoder, "heads": heads}), loss)
+    return Stage(nn.ModuleDict({"audio": encoder, "heads": heads}), batch, loss)
 
 
 def initialise_audio(encoder):
@@ -248,18 +251,21 @@ def vae_stage(o, device):
     vae = initialise_vae(VAE(TINY_VAE)).to(device)
     sound = speech.load_folder(o.speech, device)
 
-    def loss(step):
+    def batch(step):
         frames, size, share = phase(step, o)
         n, g = max(1, round(o.batch * share)), generator(device, o.seed, step, world()[0])
         x, weight = scenes(n, frames, g, device, sound, size)
+        st, sh, sw = vae.stride
+        return None, x, weight, torch.randn(n, TINY_VAE.z_dim, (frames - 1) // st + 1, size // sh, size // sw, generator=g, device=device)
+
+    def loss(_, x, weight, noise):
         with mixed(device):
             mean, log_var = run_in_time(vae.encoder, x).float().chunk(2, dim=1)
             log_var = log_var.clamp(-20, 10)
-            z = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=g, device=device)
-            d = run_in_time(vae.decoder, z).float() - x
+            d = run_in_time(vae.decoder, mean + (0.5 * log_var).exp() * noise).float() - x
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
         return (weight * (d.abs() + d.square())).mean() / weight.mean() + 1e-4 * kl
-    return Stage(nn.ModuleDict({"vae": vae}), loss, partial(latent_moments, o, device, sound))
+    return Stage(nn.ModuleDict({"vae": vae}), batch, loss, partial(latent_moments, o, device, sound))
 
 
 @torch.no_grad()
@@ -324,7 +330,7 @@ def drawn_clips(nets, sound, tokens, later, n, g, device):
     picture, video = faces.reference(who, g)[:, :, None], faces.draw(shown, motion, mouth)
     weight = faces.importance(shown, motion, mouth)[:, :, -CLIP:]
     weight = F.avg_pool3d(weight, (4, 8, 8))
-    latents = nets["vae"].encode(video if later else torch.cat([picture, video], dim=2), chunk=8)
+    latents = nets["vae"].encode(video if later else torch.cat([picture, video], dim=2), chunk=CLIP)
     past = latents[:, :, :-CLIP // 4] if later else None
     return Clips(latents[:, :, -CLIP // 4:], nets["vae"].encode(picture), past, audio[..., -CLIP:], weight, tokens(captions))
 
@@ -359,17 +365,20 @@ def noise_levels(n, o, expert, g, device):
     return o.shift * u / (1 + (o.shift - 1) * u)
 
 
-def flow_loss(net, clips, text, o, expert, g):
-    """Flow matching: x = (1 - sigma) latents + sigma eps, and the network says eps - latents.  text (B, S, C) rows of the captions"""
+def noised(clips, o, expert, g):
+    """The noise of a step -> (*clips, sigma (B,), eps like the latents); that on the motion latents is added to them."""
     B, device = len(clips.latents), clips.latents.device
-    sigma = noise_levels(B, o, expert, g, device)
-    eps = torch.randn(clips.latents.shape, generator=g, device=device)
-    s = sigma.view(-1, 1, 1, 1, 1)
-    motion = clips.motion
-    if motion is not None:
+    sigma, eps = noise_levels(B, o, expert, g, device), torch.randn(clips.latents.shape, generator=g, device=device)
+    if clips.motion is not None:
         amount = o.motion_noise * torch.rand(B, 1, 1, 1, 1, generator=g, device=device)
-        motion = motion + amount * torch.randn(motion.shape, generator=g, device=device)
-    cond = net.prepare(clips.latents.shape[2:], text, clips.audio, clips.ref, motion)
+        clips = clips._replace(motion=clips.motion + amount * torch.randn(clips.motion.shape, generator=g, device=device))
+    return *clips, sigma, eps
+
+
+def flow_loss(net, clips, text, sigma, eps):
+    """Flow matching: x = (1 - sigma) latents + sigma eps, and the network says eps - latents.  text (B, S, C) rows of the captions"""
+    s = sigma.view(-1, 1, 1, 1, 1)
+    cond = net.prepare(clips.latents.shape[2:], text, clips.audio, clips.ref, clips.motion)
     v = net((1 - s) * clips.latents + s * eps, 1000 * sigma, cond)
     return (clips.weight * (v - (eps - clips.latents)).square()).mean() / clips.weight.mean()
 
@@ -399,6 +408,8 @@ def dit_stage(o, device):
     if o.expert == "both":
         net, encoder = initialise_denoiser(Denoiser(DENOISER)).to(device), initialise_text(TextEncoder(TEXT)).to(device)
     net.requires_grad_(True)
+    if o.compile:
+        compile_blocks(net)
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)
     if world()[0] == 0:
@@ -415,12 +426,16 @@ def dit_stage(o, device):
         return clips
     pool = Pool(make, o.pool // o.fresh, o.every)
 
-    def loss(step):
+    def batch(step):
         g = generator(device, o.seed, step, world()[0])
-        clips = without(pool.draw(step, o.batch, g), o.drop, g, tokenizer.end)
+        return None, *noised(without(pool.draw(step, o.batch, g), o.drop, g, tokenizer.end), o, o.expert, g)
+
+    def loss(_, *tensors):
+        *clips, sigma, eps = tensors
+        clips = Clips(*clips)
         with mixed(device):
-            return flow_loss(net, clips, encode_ids(encoder, clips.ids), o, o.expert, g)
-    return Stage(nn.ModuleDict({"denoiser": net, "text": encoder}), loss)
+            return flow_loss(net, clips, encode_ids(encoder, clips.ids), sigma, eps)
+    return Stage(nn.ModuleDict({"denoiser": net, "text": encoder}), batch, loss)
 
 
 def initialise_denoiser(net):
@@ -469,39 +484,6 @@ def export(o):
 
 
 # ---------------------------------------------------------------------------------------------------------------- stage: tune
-
-class LoRA(nn.Module):
-    """A linear layer and a learned difference of low rank, kept in float32: y = layer(x) + up(down(x))."""
-
-    def __init__(self, layer, rank):
-        super().__init__()
-        self.layer = layer
-        self.down = nn.Parameter(torch.randn(rank, layer.in_features, device=layer.weight.device) * layer.in_features ** -0.5)
-        self.up = nn.Parameter(torch.zeros(layer.out_features, rank, device=layer.weight.device))
-
-    def forward(self, x):
-        x = x.to(self.layer.weight.dtype)                            # saved once for the backward pass of both
-        return self.layer(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-
-
-def dense(tensors):
-    """{name: Entry} with float8 weights multiplied out, since they have no gradients."""
-    def read(name):
-        return fp8.dequantize(tensors[name].read(), tensors[f"{name}_scale"].read())
-    return {name: dataclasses.replace(entry, dtype=torch.bfloat16, read=partial(read, name)) if f"{name}_scale" in tensors else entry
-            for name, entry in tensors.items() if not name.endswith(".weight_scale")}
-
-
-def add_lora(net, rank, targets):
-    """Give every target layer of the blocks a LoRA; all else is frozen.  ValueError for a target that no block has"""
-    places = {name: name.split(".", 2)[2] for name, layer in net.named_modules() if name[:7] == "blocks." and isinstance(layer, Linear)}
-    if unknown := sorted(set(targets) - set(places.values())):
-        raise ValueError(f"no block has a linear layer {unknown[0]}: wanted some of {', '.join(sorted(set(places.values())))}")
-    for name, place in places.items():
-        if place in targets:
-            net.set_submodule(name, LoRA(net.get_submodule(name), rank))
-    return net
-
 
 def forget(block):
     """Keep nothing of a block for the backward pass, which computes it again, with the same attention kernel."""
@@ -579,8 +561,8 @@ def tune_stage(o, device):
         raise ValueError(f"{o.ckpt} has one denoiser for all noise levels: leave out --expert {o.expert}")
     experts = nn.ModuleDict()
     for name in chosen:                                              # on the CPU until the encoders have done their work
-        net = checkpoints.materialise("denoiser", source.configs["denoiser"], dense(source.parts[name].tensors), dtype=dtype)
-        experts[name] = add_lora(net, o.lora, o.targets.split()) if o.lora else net.float().requires_grad_(True)
+        net = checkpoints.materialise("denoiser", source.configs["denoiser"], fp8.multiplied_out(source.parts[name].tensors), dtype=dtype)
+        experts[name] = lora.add(net, o.lora, o.targets.split()) if o.lora else net.float().requires_grad_(True)
         for block in net.blocks if o.recompute else ():
             forget(block)
     clips, rows = filmed_folder(source, o, device)
@@ -588,34 +570,21 @@ def tune_stage(o, device):
     kinds = [[c for c in clips if (c.motion is not None) == later] for later in (False, True)]
     levels = dataclasses.replace(o, boundary=source.boundary or o.boundary, shift=source.sampling["shift"])
 
-    def loss(step):
+    def batch(step):
         g = generator(device, o.seed, step, world()[0])
         turn, expert = divmod(step, len(chosen))
         pool, picks = kinds[turn % 2] or kinds[0], torch.randint(2 ** 31, (o.batch,), generator=g, device=device).tolist()
         pool = [c for c in pool if c.latents.shape == pool[picks[0] % len(pool)].latents.shape]  # of one size
-        batch = zip(*(pool[i % len(pool)] for i in picks))
-        batch = without(Clips(*(None if x[0] is None else torch.cat(x).to(device) for x in batch)), o.drop, g, 0)
-        text = nn.utils.rnn.pad_sequence([rows[i] for i in batch.ids[:, 0].tolist()], batch_first=True).to(device)
+        clips = zip(*(pool[i % len(pool)] for i in picks))
+        clips = without(Clips(*(None if x[0] is None else torch.cat(x).to(device) for x in clips)), o.drop, g, 0)
+        text = nn.utils.rnn.pad_sequence([rows[i] for i in clips.ids[:, 0].tolist()], batch_first=True).to(device)
+        return chosen[expert], text, *noised(clips, levels, chosen[expert].partition("_")[2] or "both", g)
+
+    def loss(expert, text, *tensors):
+        *clips, sigma, eps = tensors
         with mixed(device):
-            return flow_loss(experts[chosen[expert]], batch, text, levels, chosen[expert].partition("_")[2] or "both", g)
-    return Stage(experts, loss, None), source
-
-
-def write_lora(experts, config, target):
-    """One file, or NAME.high and NAME.low for two experts, with the names of the official layers, which most programs read."""
-    theirs = names.inverse(names.official_rules("denoiser", config))
-    for expert, net in experts.items():
-        tensors = {}
-        for name, layer in net.named_modules():
-            if isinstance(layer, LoRA):
-                stem = "diffusion_model." + names.rename(f"{name}.weight", theirs).removesuffix(".weight")
-                tensors |= {f"{stem}.lora_{letter}.weight": value.detach().cpu().contiguous()
-                            for letter, value in (("A", layer.down), ("B", layer.up))}
-        side = expert.partition("_")[2]
-        path = Path(target).with_suffix(f".{side}.safetensors" if side else ".safetensors")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
-        print(f"wrote {path}, for convert_weights.py --lora {side + '=' if side else ''}{path}")
+            return flow_loss(experts[expert], Clips(*clips), text, sigma, eps)
+    return Stage(experts, batch, loss, None, record=False), source
 
 
 def tune(o, device):
@@ -626,7 +595,7 @@ def tune(o, device):
     if world()[0] or 0 < o.stop < o.steps:
         return
     if o.lora:
-        return write_lora(stage.nets, source.configs["denoiser"], o.to)
+        return lora.write(stage.nets, source.configs["denoiser"], o.to)
     parts = {name: as_part("denoiser", source.configs["denoiser"], net) for name, net in stage.nets.items()}
     quantize = any(entry.dtype == fp8.E4M3 for entry in source.parts[source.experts[0]].tensors.values())
     convert_weights.save(dataclasses.replace(source, parts=source.parts | parts), o.to, quantize=quantize)
