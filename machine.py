@@ -10,9 +10,11 @@ or, where many tokens are worked on at once, just before or behind it. All else 
 spans, the text keys on the GPU, resident blocks. The VAE waits in host memory while the denoiser works; the denoiser stays when the VAE does.
 """
 import math
+import os
 import resource
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ GIB = 2 ** 30
 USABLE = 0.9                 # of a card's memory: the rest goes to the CUDA context and a desktop
 OVERHEAD = 0.9 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 without a limit reserved 0.7 to 1.1 more
 VAE_OVERHEAD = 0.3 * GIB
+HOST_OVERHEAD = 1.8 * GIB    # PyTorch, CUDA and Python: an H200 machine had 16.9 GiB in use with 15.2 pinned
 VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
 SPAN = 8192                  # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.5 * GIB
@@ -38,7 +41,7 @@ class Machine:
     """Where and how the networks of one run work."""
     device: torch.device
     dtype: torch.dtype                   # of the large linear layers
-    vae_dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype | None = None # None: float16 on a GPU, float32 on a CPU
     quantize: bool = False               # cast the denoiser's large matrices to float8 while loading
     compiled: bool = False               # torch.compile the blocks
     attention8: bool = False             # self-attention in 8 bits
@@ -48,6 +51,9 @@ class Machine:
     resident: int | None = None          # denoiser blocks that stay on the device; None: all
     text_resident: int | None = None     # the same for the text encoder
     tiles: int = 1                       # spatial tiles of the VAE
+
+    def __post_init__(self):
+        object.__setattr__(self, "vae_dtype", self.vae_dtype or (torch.float16 if self.device.type == "cuda" else torch.float32))
 
     @property
     def short(self):
@@ -62,6 +68,7 @@ class Fit:
     denoiser: int
     weights: int                         # of the denoiser on the device
     streamed: int                        # of the denoiser in pinned host memory
+    host: int                            # of host memory, mapped files not counted
     text: int
     vae: int
     blocks: tuple[int, int]              # resident, all
@@ -72,17 +79,18 @@ class Fit:
         return max(self.denoiser, self.text, self.vae)
 
     def __str__(self):
-        m = self.machine
+        m, (free, _) = self.machine, host_memory()
+        host = f"host {self.host / GIB:.1f} of {free / GIB:.1f} GiB free" + "; expect swapping" * (self.host > free)
         if self.limit is None:
-            return "memory   CPU: everything in host memory, float32"
+            return f"memory   CPU, float32: {host}"
         how = [f"{self.blocks[0]} of {self.blocks[1]} blocks resident" if m.short else "all blocks resident"]
         how += ["both guidance branches in one loop"] * m.one_loop + [f"{m.span} tokens at once"] * bool(m.span)
         how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * self.fp8 + ["8-bit attention"] * m.attention8
         how += ["compiled"] * m.compiled
         gib = {name: f"{getattr(self, name) / GIB:.1f}" for name in ("peak", "limit", "denoiser", "weights", "text", "vae", "streamed")}
         return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}; "
-                "host {streamed} GiB pinned\n".format(**gib) +
-                f"         {', '.join(how)}")
+                "{streamed} pinned on the host\n".format(**gib) +
+                f"         {host}\n         {', '.join(how)}")
 
 
 def kept_as(part, machine):
@@ -109,14 +117,19 @@ def weigh(part, machine):
 
 def activation_bytes(cfg, tokens, machine):
     """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
-    C, F, span = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens)
-    attend = (7 if machine.attention8 else 8) * C * tokens
-    project = (12 if machine.compiled else 23) * C * span + (6 * C * tokens if span < tokens else 0)
-    hidden = (3 if machine.compiled else 11) if machine.quantize else 4                      # bytes per token and channel of the FFN
-    finish = ((6 if machine.compiled else 12) * C + hidden * F) * span + 2 * C * tokens
-    keys = 0 if machine.host_layers else 2 * cfg.n_layer * 2 * cfg.text_len * C * 2
-    conditions = 2 * tokens * (4 * C // cfg.n_head + C // 4)         # reference and motion: an eighth of the tokens, 2 bytes per channel
+    C, F, span, two = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens), machine.dtype.itemsize
+    attend = (7 if machine.attention8 else 4 * two) * C * tokens
+    project = (6 * two if machine.compiled else 8 * two + 7) * C * span + (3 * two * C * tokens if span < tokens else 0)
+    hidden = (3 if machine.compiled else 11) if machine.quantize else 2 * two                # bytes per token and channel of the FFN
+    finish = ((3 if machine.compiled else 6) * two * C + hidden * F) * span + two * C * tokens
+    keys = 0 if machine.host_layers else 2 * layer_bytes(cfg, machine)
+    conditions = 2 * tokens * (4 * C // cfg.n_head + two * C // 8)   # RoPE; reference and motion: an eighth of the tokens
     return (2 if machine.one_loop else 1) * 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD
+
+
+def layer_bytes(cfg, machine):
+    """The text keys and values of all blocks, for one guidance branch."""
+    return cfg.n_layer * 2 * cfg.text_len * cfg.dim * machine.dtype.itemsize
 
 
 def device_limit(device, vram=None):
@@ -139,39 +152,57 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
     limit         bytes of device memory, None on a CPU
     returns       Fit                        raises  ValueError with the option that would make it fit
     """
+    chosen, n = choose(checkpoint, latent_shape, tokens, machine, limit), weigh(checkpoint.parts[checkpoint.experts[0]], machine)(None)[2]
+    if not 0 <= (machine.resident or 0) <= n:
+        raise ValueError(f"the denoiser has {n} blocks, of which 0 to {n} can be resident, got {machine.resident}")
+    if limit is not None and chosen.peak > limit:
+        remedies = {"leave out --resident": replace(machine, resident=None), "add --vae-dtype float16": replace(machine, vae_dtype=torch.float16)}
+        if not chosen.fp8:
+            remedies["add --fp8"] = replace(machine, quantize=True)
+        remedies["add --attention8"] = replace(machine, attention8=True)
+        remedies["add --fp8 --attention8"] = replace(machine, quantize=True, attention8=True)
+        helps = [remedy for remedy, other in remedies.items()
+                 if other != machine and choose(checkpoint, latent_shape, tokens, other, limit).peak <= limit]
+        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: "
+                         f"{helps[0] if helps else 'choose a smaller --size or fewer frames'}")
+    if chosen.host > host_memory()[1]:
+        raise ValueError(f"{chosen.host / GIB:.1f} GiB of host memory are wanted, this machine has {host_memory()[1] / GIB:.1f}: "
+                         f"{'choose a smaller --size' if chosen.fp8 or limit is None else 'add --fp8'}")
+    return chosen
+
+
+def choose(checkpoint, latent_shape, tokens, machine, limit):
+    """The first way to run that fits, or the smallest -> Fit.  Arguments as `fit`"""
     cfg, (T, H, W) = checkpoint.configs["denoiser"], latent_shape
     expert, text = checkpoint.parts[checkpoint.experts[0]], weigh(checkpoint.parts["text"], machine)
     weigh_expert = weigh(expert, machine)
     in_fp8 = machine.quantize or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
+    vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * machine.vae_dtype.itemsize
+    _, rows, columns = checkpoint.configs["vae"].stride
+    video = 4 * (4 * T + 73) * 3 * H * rows * W * columns + vae + HOST_OVERHEAD              # a clip and its history wait on the host
+    weights, _, n = weigh_expert(None)
     if limit is None:
         machine = replace(machine, resident=None)
-        weights, _, n = weigh_expert(None)
-        return Fit(machine, None, weights + activation_bytes(cfg, tokens, machine), weights, 0, 0, 0, (n, n), in_fp8)
-    n = weigh_expert(None)[2]
-    vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * machine.vae_dtype.itemsize
+        peak = weights * len(checkpoint.experts) + activation_bytes(cfg, tokens, machine)
+        return Fit(machine, None, peak, weights, 0, max(peak, text(None)[0]) + video, 0, 0, (n, n), in_fp8)
     cuts = vae_cuts(checkpoint.configs["vae"], H, W, machine.vae_dtype)
-    wanted = [machine.resident] if machine.resident is not None else [None, *range(n - 1, -1, -1)]
     ways = [dict(), dict(one_loop=False), dict(one_loop=False, span=SPAN), dict(one_loop=False, span=SPAN // 2, host_layers=True)]
-    choices = [(way, None) for way in ways] if wanted[0] is None else []
-    choices += [(ways[-1], resident) for resident in wanted if resident is not None]
+    choices = [(way, machine.resident) for way in ways]
+    if machine.resident is None:
+        choices += [(ways[-1], resident) for resident in range(n - 1, -1, -1)]
     for way, resident in choices:
         chosen = replace(machine, resident=resident, **way)
         weights, pinned, _ = weigh_expert(resident)
         denoiser = weights + activation_bytes(cfg, tokens, replace(chosen, quantize=in_fp8))
         tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
-        peak = max(denoiser, weights + vae + decode)
-        if peak <= limit and (tiles <= TILES or resident in (None, wanted[-1])):             # streaming costs less than tiles
-            break
-    else:
-        others = ", --fp8" * (not in_fp8) + ", --attention8" * (not machine.attention8)
-        if peak > denoiser:                                          # the VAE is in the way
-            others = ", --vae-dtype bfloat16" * (machine.vae_dtype == torch.float32)
-        raise ValueError(f"{peak / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: choose a smaller --size, fewer "
-                         f"--clip-frames{others} or a card with more")
+        if max(denoiser, weights + vae + decode) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
+            break                                                    # streaming costs less than tiles
     text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
-    text_peak = text(text_resident)[0] + TEXT_ACTIVATIONS
+    text_peak, text_pinned, _ = text(text_resident)
+    host = max(text_pinned, pinned + 2 * layer_bytes(cfg, chosen) * chosen.host_layers) + video
     chosen, blocks = replace(chosen, text_resident=text_resident, tiles=tiles), (n if resident is None else resident, n)
-    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(text_peak), int(weights + vae + decode), blocks, in_fp8)
+    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(host), int(text_peak + TEXT_ACTIVATIONS), int(weights + vae + decode),
+               blocks, in_fp8)
 
 
 def vae_cuts(config, H, W, dtype):
@@ -230,6 +261,27 @@ def estimate_seconds(cfg, machine, tokens, video_tokens, forwards):
 
 
 def memory_used(device):
-    """Highest device memory reserved and host memory resident so far, GiB."""
+    """Highest device memory reserved and host memory resident so far, mapped files included, GiB."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     return (torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0), host
+
+
+def fields(path):
+    """{name: bytes} of a file such as /proc/meminfo; {} where there is none."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
+
+
+def host_memory():
+    """Bytes of host memory that are free, and that there are."""
+    known, total = fields("/proc/meminfo"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return known.get("MemAvailable", total), known.get("MemTotal", total) + known.get("SwapTotal", 0)
+
+
+def private_memory():
+    """Host memory of this process without mapped files, which the system takes back when it is short, GiB; 0 where it is not told."""
+    known = fields("/proc/self/status")
+    return (known.get("RssAnon", 0) + known.get("RssShmem", 0)) / GIB

@@ -116,14 +116,27 @@ def test_choice_for_a_card(released, gb, machine, shape, resident):
 
 
 def test_what_cannot_fit_is_refused_with_what_would(released):
-    with pytest.raises(ValueError, match="--size.*--clip-frames.*--attention8"):
-        fit(released, SHAPE, TOKENS, FP8, 7.2 * GIB)
-    with pytest.raises(ValueError, match="--clip-frames or a card"):
-        fit(released, SHAPE, TOKENS, EIGHT, 6 * GIB)
-    with pytest.raises(ValueError, match="--fp8"):
-        fit(released, SHAPE, TOKENS, BF16, 5 * GIB)
+    """The option named is one that was tried."""
+    smaller = "choose a smaller --size or fewer frames"
+    for machine, gib, remedy in ((FP8, 7.2, "add --attention8"), (EIGHT, 5, smaller), (BF16, 2, smaller), (BF16, 7.2, "add --fp8 --attention8"),
+                                 (dataclasses.replace(EIGHT, resident=40), 7.2, "leave out --resident")):
+        with pytest.raises(ValueError, match=f"are there: {remedy}$"):
+            fit(released, SHAPE, TOKENS, machine, gib * GIB)
+    with pytest.raises(ValueError, match="0 to 40 can be resident, got 41"):
+        fit(released, SHAPE, TOKENS, dataclasses.replace(EIGHT, resident=41), 141 * GIB)
+
+
+def test_host_memory_is_planned(released, monkeypatch):
+    """All blocks streamed: what is pinned, text keys, a clip with its history, and PyTorch. Refused where there is less in the whole machine."""
+    chosen = fit(released, SHAPE, TOKENS, EIGHT, 7.2 * GIB)
+    assert chosen.streamed + 3.5 * GIB < chosen.host < chosen.streamed + 5.5 * GIB
+    assert f"host {chosen.host / GIB:.1f} of" in str(chosen)
+    monkeypatch.setattr("machine.host_memory", lambda: (8 * GIB, 16 * GIB))
+    assert "expect swapping" in str(chosen)
+    with pytest.raises(ValueError, match="GiB of host memory are wanted, this machine has 16.0: choose a smaller --size"):
+        fit(released, SHAPE, TOKENS, EIGHT, 7.2 * GIB)
 
 
 def test_number_of_resident_blocks_is_obeyed(released):
     chosen = fit(released, SHAPE, TOKENS, dataclasses.replace(FP8, resident=7), 60 * GIB)
-    assert chosen.machine.resident == 7 and chosen.blocks == (7, 40)
+    assert chosen.machine.resident == 7 and chosen.blocks == (7, 40) and chosen.machine.one_loop and chosen.machine.span is None
