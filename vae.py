@@ -14,6 +14,7 @@ can therefore run on one strip of the picture after the other, with enough real 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   C width   n h w frames, height, width where a layer works
 Source  Wan-Video/Wan2.2@42bf4cf wan/modules/vae2_1.py and vae2_2.py, cited below as "official 2.1 L535", "official 2.2 L336"
 """
+import sys
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -454,7 +455,7 @@ class VAE(nn.Module):
         source   official 2.1 L516-542, L647, where the last (P - 1) % 4 frames are dropped in silence
         """
         self.check_frames(video.shape[2])     # the stream could only say so at its end
-        return torch.cat(list(self.encode_stream([video], chunk, tiles)), dim=2)
+        return self.exactly(lambda: torch.cat(list(self.encode_stream([video], chunk, tiles)), dim=2))
 
     def decode(self, latents, chunk=None, tiles=None):
         """Normalised latents to video.
@@ -464,7 +465,16 @@ class VAE(nn.Module):
         returns  (B, 3, 1 + 4 (T-1), 8H, 8W) float32, clamped to [-1, 1] (16H, 16W for Wan2.2)
         source   official 2.1 L544-569, L657
         """
-        return torch.cat(list(self.decode_stream([latents], chunk, tiles)), dim=2)
+        return self.exactly(lambda: torch.cat(list(self.decode_stream([latents], chunk, tiles)), dim=2))
+
+    def exactly(self, run):
+        """run(), the whole of an encoding or decoding; if float16, which ends at 65504, overflows on the way, once more in float32."""
+        result = run()
+        if self.decoder.conv_in.weight.dtype == torch.float16 and not result.sum(dtype=torch.float32).isfinite():
+            print("warning: the VAE's numbers are too large for float16: it goes on in float32, slower and in twice the memory", file=sys.stderr)
+            self.float()
+            result = run()
+        return result
 
     @torch.no_grad()
     def encode_stream(self, pieces, chunk=None, tiles=None):

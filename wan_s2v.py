@@ -22,7 +22,7 @@ import torch
 
 from audio import RATE, audio_features, frame_columns, load_audio
 from checkpoints import open_checkpoint
-from machine import Fit, Machine, device_limit, estimate_seconds, fit, memory_used
+from machine import Fit, Machine, device_limit, estimate_seconds, fit, memory_used, private_memory, synchronize
 from model import MOTION_BUCKETS, PATCH, compile_blocks, use_attention8
 from pictures import fit_picture, load_image, s2v_size
 from sampling import Experts, denoise
@@ -122,7 +122,7 @@ class Stages:
     """Seconds spent per stage, and on a GPU the most memory that was reserved: `with stages("text"): ...`"""
 
     def __init__(self, device=torch.device("cpu")):
-        self.device, self.seconds, self.gib = device, {}, {}
+        self.device, self.seconds, self.gib, self.private = device, {}, {}, 0.0
 
     @contextmanager
     def __call__(self, name):
@@ -133,6 +133,7 @@ class Stages:
         try:
             yield
         finally:
+            self.private = max(self.private, private_memory())
             if gpu:
                 self.gib[name] = max(self.gib.get(name, 0.0), memory_used(self.device)[0])
         if gpu:
@@ -145,7 +146,8 @@ class Stages:
     def memory(self):
         """Of all stages, those that failed too, and of the process on the host."""
         stages = [f"{name} {gib:.2f}" for name, gib in self.gib.items()]
-        return f"GiB reserved on the GPU: {', '.join(stages) or 'none'}; host {memory_used(self.device)[1]:.1f} GiB at most"
+        return f"GiB reserved on the GPU: {', '.join(stages) or 'none'}; host {memory_used(self.device)[1]:.1f} GiB at most, " \
+            f"{self.private:.1f} without mapped files"
 
 
 @dataclass(frozen=True)
@@ -301,13 +303,24 @@ class ClipInputs:
     motion_frames: int = 73      # pixel frames of the past that a clip sees: 19 latents
 
 
-def decode_behind(vae, lead, latents, n):
-    """Decode latents behind others and keep the last n frames, on the CPU.  lead, latents (1, z, any T, H, W) -> (1, 3, n, height, width)"""
-    skip, kept = 1 + vae.stride[0] * (lead.shape[2] + latents.shape[2] - 1) - n, []
-    for frames in vae.decode_stream([lead, latents]):
-        kept.append(frames[:, :, skip:].cpu())
-        skip = max(0, skip - frames.shape[2])
-    return torch.cat(kept, dim=2)
+def decode_frames(vae, pieces, n):
+    """Decode one video and keep its last n frames, on the CPU.  pieces [(1, z, any T, H, W), ...] -> (1, 3, n, height, width)
+
+    The frames of a piece travel while the next ones are computed; frame after frame in memory, as a video file takes them.
+    """
+    latents, gpu = sum(piece.shape[2] for piece in pieces), pieces[0].is_cuda
+
+    def run():
+        skip, kept, done = 1 + vae.stride[0] * (latents - 1) - n, None, 0
+        for frames in vae.decode_stream(pieces):
+            wanted = frames[0, :, skip:].transpose(0, 1).contiguous()                        # (any, 3, height, width)
+            skip = max(0, skip - frames.shape[2])
+            kept = torch.empty(n, *wanted.shape[1:], pin_memory=gpu) if kept is None else kept
+            kept[done:done + len(wanted)].copy_(wanted, non_blocking=True)
+            done += len(wanted)
+        synchronize(pieces[0].device)
+        return kept.transpose(0, 1)[None]
+    return vae.exactly(run)
 
 
 def make_clips(inputs, vae, experts, options, clips, stage, progress):
@@ -336,7 +349,7 @@ def make_clips(inputs, vae, experts, options, clips, stage, progress):
             latents = denoise(experts, solver, noise, arguments, o.guidance, progress=lambda steps: progress(clip, steps))
         with stage("decode"):
             vae.to(picture.device)
-            frames = decode_behind(vae, ref if first else motion, latents, n)[:, :, WARM_UP if first else 0:]
+            frames = decode_frames(vae, [ref if first else motion, latents], n)[:, :, WARM_UP if first else 0:]
         yield frames
         if clip + 1 < clips:
             with stage("motion"):                                    # as floats: 8 bits in between are seen as decay

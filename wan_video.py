@@ -18,7 +18,7 @@ from model import PATCH
 from pictures import fit_i2v, fit_ti2v, i2v_size, load_image, ti2v_size
 from sampling import denoise
 from solver import make_solver
-from wan_s2v import Options, Stages, draw_noise, encode_text, load_experts, load_vae, size_table
+from wan_s2v import Options, Stages, decode_frames, draw_noise, encode_text, load_experts, load_vae, size_table
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def image_condition(vae, picture, frames):
     The frames after the picture are zeros, mid grey; the mask says that only the first frame is known (official L266-299).
     """
     rest = picture.new_zeros(1, 3, 4, *picture.shape[3:])
-    latents = torch.cat(list(vae.encode_stream([picture] + [rest] * ((frames - 1) // 4))), dim=2)
+    latents = vae.exactly(lambda: torch.cat(list(vae.encode_stream([picture] + [rest] * ((frames - 1) // 4))), dim=2))
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], dim=1)
@@ -103,7 +103,7 @@ class WanVideoPipeline:
 
     @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
-        """Make the video; yields (3, P, height, width) float32 in [-1, 1] on the CPU, a few frames at a time. Arguments as in WanS2VPipeline."""
+        """Make the video; yields it, (3, P, height, width) float32 in [-1, 1] on the CPU. Arguments as in WanS2VPipeline."""
         stage, o, checkpoint, machine = stage or Stages(), plan.options, self.checkpoint, plan.fit.machine
         with stage("text"):
             text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), machine)
@@ -129,5 +129,5 @@ class WanVideoPipeline:
                               progress=lambda steps: progress(0, steps))
         with stage("decode"):
             vae.to(machine.device)
-            for frames in vae.decode_stream([latents]):
-                yield frames[0].cpu()
+            frames = decode_frames(vae, [latents], o.frames)
+        yield frames[0]
