@@ -3,8 +3,8 @@
     python bench.py                                                    S2V-14B, one denoiser forward at 832x480
     python bench.py --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
     python bench.py --size 1280x704 --fp8 --compile --attention8       the fastest way
-    python bench.py --size 1280x704 --fp8 --vram 8                     as on a card of 8 GB
-    python bench.py --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all
+    python bench.py --size 1280x704 --fp8 --compile --attention8 --vram 8      as on a card of 8 GB
+    python bench.py --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
     python bench.py --against REPO --size 832x480                      the official forward in the same process, same shapes
     python bench.py --against REPO --preset tiny                       the same on a CPU, float32
 
@@ -27,16 +27,14 @@ import torch
 
 import attention8
 import fake_checkpoint
-from audio import AudioEncoder
 from checkpoints import Entry, materialise, parameter_shapes
-from machine import GIB, USABLE, Machine, forward_flops, memory_used, rates
+from machine import GIB, Machine, device_limit, fit, forward_flops, memory_used, rates
 from model import compile_blocks, use_attention8
 from offload import HostLayers
-from pictures import s2v_size
-from sample import size
-from text import TextEncoder
-from vae import VAE
-from wan_s2v import token_counts
+from sample import DTYPES, size
+from vae import new_past
+from wan_s2v import decode_frames, token_counts
+
 
 def sync(device):
     if device.type == "cuda":
@@ -72,12 +70,8 @@ def random_entries(kind, config, device, dtype):
 def bench_denoiser(args, configs, device, dtype, shape):
     cfg, (T, H, W) = configs["denoiser"], shape
     tokens, video = token_counts(shape)[1], T * H * W // 4
-    matmul, attend = rates(cfg, Machine(device, dtype, quantize=args.fp8, attention8=args.attention8), tokens)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, dtype), device, dtype,
-                      args.fp8, args.resident)
+    matmul, attend = rates(cfg, Machine(device, dtype, quantize=args.fp8, attention8=args.attention8), min(tokens, 16384) if args.vram else tokens)
+    net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, dtype), device, dtype, args.fp8, args.resident)
     if args.compile:
         compile_blocks(net)
     if args.attention8:
@@ -88,7 +82,7 @@ def bench_denoiser(args, configs, device, dtype, shape):
     ref, motion = random(1, cfg.out_dim, 1, H, W), random(1, cfg.out_dim, 19, H, W)
     audio = random(1, cfg.audio_states, cfg.audio_dim, 4 * T)
     cond = net.prepare(shape, random(1, 60, cfg.text_dim), audio, ref, motion, chunk=args.chunk)
-    if args.resident is not None:
+    if args.host_layers:
         cond = replace(cond, layers=HostLayers(cond.layers))
     conds = (cond, cond) if args.branches == 2 else (cond,)
     latents, t = random(1, cfg.out_dim, T, H, W), torch.full((1,), 500, device=device)
@@ -166,19 +160,15 @@ def random_network(kind, configs, device, dtype):
 
 
 def bench_vae(args, configs, device, shape, decode):
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.vae_dtype]
-    vae, (T, H, W) = random_network("vae", configs, device, dtype), shape
+    vae, (T, H, W) = random_network("vae", configs, device, DTYPES[args.vae_dtype]), shape
     vae.tiles = args.tiles
     st, sh, sw = vae.stride
     if decode:
         x = torch.randn(1, vae.config.z_dim, T + 19, H, W, device=device)
-        run, what = (lambda: [None for _ in vae.decode_stream([x])]), f"decode of {T + 19} latents"
+        run, what = (lambda: decode_frames(vae, [x], 4 * T)), f"decode of {T + 19} latents, {4 * T} frames to the host"
     else:
         x = torch.rand(1, 3, 73, H * sh, W * sw, device=device) * 2 - 1
         run, what = (lambda: vae.encode(x)), "encode of 73 frames"
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     median, least, most = seconds(run, device, args.repeats)
     gpu, host = memory_used(device)
     print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}, {args.tiles} tile{'s' * (args.tiles > 1)}: {median:.2f} s "
@@ -186,8 +176,33 @@ def bench_vae(args, configs, device, shape, decode):
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
 
+def bench_vae_error(configs, device, shape):
+    """Decoding and encoding in other dtypes than float32: differences on outputs scaled to [-1, 1], largest and mean."""
+    (_, H, W), z_dim, result = shape, configs["vae"].z_dim, {}
+    z, video = torch.randn(1, z_dim, 5, H, W, device=device), torch.rand(1, 3, 17, H * configs["vae"].stride[1], W * configs["vae"].stride[2],
+                                                                         device=device) * 2 - 1
+    tf32, exact = torch.backends.cudnn.allow_tf32, None
+    for name, dtype, allowed in (("float32", torch.float32, False), ("TF32", torch.float32, True), ("float16", torch.float16, True),
+                                 ("bfloat16", torch.bfloat16, True)):
+        torch.backends.cudnn.allow_tf32 = allowed
+        vae = random_network("vae", configs, device, dtype)
+        pixels, past = [], new_past(vae.decoder)
+        for i in range(z.shape[2]):
+            pixels.append(vae.decoder(z[:, :, i:i + 1].to(dtype), past).float().cpu())
+        both = torch.cat(pixels, dim=2), vae.encode(video).cpu()
+        exact = exact or both
+        result[name] = [x for y, e in zip(both, exact) for x in ((y - e).abs().max().item() / e.abs().max().item(),
+                                                                 (y - e).abs().mean().item() / e.abs().max().item())]
+    torch.backends.cudnn.allow_tf32 = tf32
+    del result["float32"]
+    for name, values in result.items():
+        print("vae        {}: decode off by {:.4f} at most, {:.6f} on average, encode by {:.4f}, {:.6f} (1/255 of the range is 0.0078)".format(
+            name, *values))
+    return result
+
+
 def bench_text(args, configs, device, dtype):
-    net = random_network("text", configs, device, dtype)
+    net = materialise("text", configs["text"], random_entries("text", configs["text"], device, dtype), device, dtype, resident=args.text_resident)
     ids = torch.randint(0, configs["text"].vocab, (1, 512), device=device)
     median, *_ = seconds(lambda: net(ids), device, args.repeats)
     gpu, host = memory_used(device)
@@ -204,6 +219,41 @@ def bench_audio(args, configs, device):
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
 
+def as_planned(args, configs, device, dtype, shape):
+    """The options as the plan for a card of --vram GB would have them; what the command line says goes first. raises ValueError if nothing fits"""
+    dtypes = {kind: torch.float32 if kind in ("vae", "audio") else dtype for kind in configs}
+    checkpoint = fake_checkpoint.random_checkpoint("s2v-14B", configs, dtypes, Path("tokenizer.json"), boundary=None)
+    machine = Machine(device, dtype, DTYPES[args.vae_dtype], args.fp8, args.compile, args.attention8, resident=args.resident)
+    plan = fit(checkpoint, shape, token_counts(shape)[1], machine, device_limit(device, args.vram))
+    print(plan)
+    m = plan.machine
+    return argparse.Namespace(**vars(args) | dict(resident=m.resident, text_resident=m.text_resident, chunk=args.chunk or m.span,
+                                                  host_layers=m.host_layers, tiles=max(args.tiles, m.tiles)))
+
+
+def afresh(run, device):
+    """run() with the memory of what ran before given back and forgotten."""
+    gc.collect()                                                     # compiled blocks refer to themselves
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return run()
+
+
+def compared(args, configs, device, dtype, shape, result):
+    """The official forward beside ours, or why it could not be run."""
+    try:
+        from parity_official import time_official
+        o = time_official(args.against, configs["denoiser"], shape, device, dtype, args.repeats)
+    except (ImportError, OSError) as error:
+        print(f"official   skipped: {error}")
+        return dict(skipped=str(error))
+    faster = f"; the run above is {o['s_per_forward'] / result['dit']['s_per_forward']:.2f} times as fast as the official" if "dit" in result else ""
+    print(f"official   {o['s_per_forward']:.3f} s per forward, ours in turns with it, eager {dtype}: {o['ours_s_per_forward']:.3f} s "
+          f"(ratio {o['ratio']:.2f}, relative L2 {o['rel_l2']:.1e}){faster}")
+    return o
+
+
 def commit():
     run = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
@@ -212,17 +262,17 @@ def commit():
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=("s2v-14B", "tiny"), default="s2v-14B")
-    p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "text", "audio", "error", "all"), default="dit")
+    p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "vae-error", "text", "audio", "error", "all"), default="dit")
     p.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="of the video (default 832x480)")
     p.add_argument("--frames", type=int, default=80, help="of a clip (default 80)")
     p.add_argument("--fp8", action="store_true", help="float8 weights and activations in the blocks")
     p.add_argument("--attention8", action="store_true", help="self-attention in 8 bits, off by 3.5%% of each attention output on random inputs")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks' per-token parts")
     p.add_argument("--resident", type=int, help="blocks that stay on the GPU, the others are streamed (default: all)")
-    p.add_argument("--vram", type=float, help="GiB of a card to rehearse: this process cannot take more than what is left for it there")
+    p.add_argument("--vram", type=float, help="GiB of a card to rehearse: run as the plan for it says; this process cannot take more")
     p.add_argument("--chunk", type=int, help="longest span of tokens worked on at once (default: none)")
     p.add_argument("--branches", type=int, choices=(1, 2), default=1, help="guidance branches in one loop over the blocks (default 1)")
-    p.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32")
+    p.add_argument("--vae-dtype", choices=DTYPES, default="float16")
     p.add_argument("--tiles", type=int, default=1, help="spatial tiles of the VAE (default 1)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
@@ -242,23 +292,23 @@ def main(args):
           f"{', fp8' * args.fp8}{', 8-bit attention' * args.attention8}{', compiled' * args.compile}")
     if args.attention8:
         attention8.check(device)
+    args.host_layers, args.text_resident = args.resident is not None, None
     if args.vram:
-        torch.cuda.set_per_process_memory_fraction(args.vram * USABLE * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+        args = as_planned(args, configs, device, dtype, shape)
     runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape),
             "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
-            "vae-encode": lambda: bench_vae(args, configs, device, shape, False), "text": lambda: bench_text(args, configs, device, dtype),
+            "vae-encode": lambda: bench_vae(args, configs, device, shape, False), 
+            "vae-error": lambda: bench_vae_error(configs, device, shape), "text": lambda: bench_text(args, configs, device, dtype),
             "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
     with torch.no_grad():
-        result = {stage: run() for stage, run in runs.items() if args.stage in (stage, "all")}
+        result = {stage: afresh(run, device) for stage, run in runs.items() if args.stage == stage or (args.stage == "all" and "error" not in stage)}
         if args.against:
-            from parity_official import time_official
-            result["official"] = time_official(args.against, configs["denoiser"], shape, device, dtype, args.repeats)
-            o = result["official"]
-            faster = o["s_per_forward"] / result["dit"]["s_per_forward"]
-            print(f"official   {o['s_per_forward']:.3f} s per forward, ours in turns with it, eager {dtype}: {o['ours_s_per_forward']:.3f} s "
-                  f"(ratio {o['ratio']:.2f}, relative L2 {o['rel_l2']:.1e}); the run above is {faster:.2f} times as fast as the official")
+            result["official"] = afresh(lambda: compared(args, configs, device, dtype, shape, result), device)
     print(json.dumps(dict(gpu=name, torch=torch.__version__, commit=commit(), argv=sys.argv[1:], **result)))
 
 
 if __name__ == "__main__":
-    main(parser().parse_args())
+    try:
+        main(parser().parse_args())
+    except (ValueError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import fp8
 import lora
 import names
-from checkpoints import DTYPE_NAMES, Checkpoint, Entry, open_checkpoint, stored_as
+from checkpoints import DTYPE_NAMES, Entry, open_checkpoint, stored_as
 
 # ---------------------------------------------------------------------------------------------------- what is done to the tensors
 

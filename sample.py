@@ -22,9 +22,11 @@ import torch
 from tqdm import tqdm
 
 import attention8
+import fp8
 from checkpoints import open_checkpoint
+from convert_weights import change_denoisers
 from fake_checkpoint import RECIPE, TINY, ensure_tiny
-from machine import Machine
+from machine import Machine, synchronize
 from video import check_output
 from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
 from wan_video import WanVideoPipeline
@@ -98,10 +100,11 @@ def parser():
     g.add_argument("--ckpt", help="folder in the official or converted layout (default: weights/tiny, trained on drawn faces)")
     g.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     g.add_argument("--dtype", choices=DTYPES, help="of the large linear layers (default: bfloat16 on a GPU, float32 on a CPU)")
-    g.add_argument("--vae-dtype", choices=("float32", "bfloat16"), default="float32", help="of the VAE (default: float32, as official)")
+    g.add_argument("--vae-dtype", choices=DTYPES, help="of the VAE; float16 is within 1/255 of the official float32 and twice as fast "
+                   "(default: float16 on a GPU, float32 on a CPU)")
     g.add_argument("--vram", type=float, metavar="GB", help="plan for a card of this size and take no more (default: what is free)")
-    g.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=False,
-                   help="cast the large matrices to float8 while loading; a checkpoint converted with --fp8 has them already (default: off)")
+    g.add_argument("--fp8", action=argparse.BooleanOptionalAction,
+                   help="cast the large matrices to float8 while loading, or with --no-fp8 back to bfloat16 (default: as the checkpoint has them)")
     g.add_argument("--resident", type=int, metavar="N", help="blocks that stay on the GPU, the others are streamed (default: as many as fit)")
     g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
                    help="self-attention in 8 bits: faster and smaller on GPUs with 8-bit tensor cores, off by 3.5%% of each attention output on "
@@ -118,8 +121,8 @@ def one_line(message):
 class Progress:
     """A bar per clip, with the time that all clips together still need."""
 
-    def __init__(self, clips):
-        self.clips, self.start, self.seconds = clips, time.perf_counter(), []
+    def __init__(self, clips, device):
+        self.clips, self.device, self.start, self.seconds = clips, device, time.perf_counter(), []
 
     def __call__(self, clip, steps):
         if clip == 0:
@@ -128,6 +131,7 @@ class Progress:
         with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
             for n, step in enumerate(bar, 1):
                 yield step
+                synchronize(self.device)                             # or the time of queueing would be shown
                 self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
                 done = clip * len(steps) + n
                 left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
@@ -151,30 +155,43 @@ def open_folder(ckpt):
     return checkpoint
 
 
+def pick_device(name):
+    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device"""
+    there = torch.cuda.device_count()
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", "cuda" if name == "auto" and there else "cpu" if name == "auto" else name)
+    if not found or (name != "cpu" and name != "auto" and int(found[1] or 0) >= there):
+        raise ValueError(f"--device wants cpu, cuda or cuda:NUMBER, got {name}; PyTorch {torch.__version__} sees {there} CUDA GPUs here")
+    return torch.device(found[0])
+
+
 def machine_of(args):
     """The user's choices of where and how to run."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = pick_device(args.device)
     if args.attention8:
         attention8.check(device)
     compiled = device.type == "cuda" and (args.steps or 40) > 4 if args.compile is None else args.compile
-    return Machine(device, run_dtype(DTYPES.get(args.dtype), device), DTYPES.get(args.vae_dtype, torch.float32), args.fp8, compiled,
+    return Machine(device, run_dtype(DTYPES.get(args.dtype), device), DTYPES.get(args.vae_dtype), bool(args.fp8), compiled,
                    args.attention8, resident=args.resident)
 
 
 def main(args):
     check_output(args.out)
+    if args.vram is not None and not args.vram > 0:
+        raise ValueError(f"--vram wants the size of a card in GB, got {args.vram:g}")
     checkpoint = open_folder(args.ckpt)
+    if args.fp8 is False:
+        checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
     make = WanS2VPipeline if checkpoint.task.startswith("s2v") else WanVideoPipeline
     pipeline = make(checkpoint, machine_of(args), args.vram)
     plan = pipeline.plan(Options(**{field.name: getattr(args, field.name) for field in fields(Options)}))
     print(plan)
-    stages, progress = Stages(pipeline.machine.device), Progress(plan.clips)
+    stages, progress = Stages(pipeline.machine.device), Progress(plan.clips, pipeline.machine.device)
     with open_writer(args.out, plan, args.av_offset) as writer:
         try:
             for frames in pipeline.generate(plan, stages, progress):
                 with stages("write"):
                     writer.write(frames)
-        except (KeyboardInterrupt, RuntimeError):                    # RuntimeError: out of memory
+        except (KeyboardInterrupt, Exception):
             if kept := writer.finish_partial():
                 print(f"the clips finished so far are kept as {kept}", file=sys.stderr)
             if stages.gib:
@@ -189,7 +206,7 @@ def main(args):
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
     try:
-        main(parser().parse_args(argv))
+        main(args := parser().parse_args(argv))
         return 0
     except torch.OutOfMemoryError as error:
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
@@ -197,6 +214,9 @@ def cli(argv=None):
               file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+    except RuntimeError as error:                                    # of CUDA, cuBLAS, the compiler
+        what = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"error: PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
