@@ -90,6 +90,21 @@ def test_half_precision(vae):
         assert vae.decoder.middle.attention.norm(zeros).eq(0).all()
 
 
+def test_overflow_in_float16_is_computed_again(vae, capsys):
+    """Activations of 1e5 are too large for float16: the result is float32's, said once, and the VAE stays in float32."""
+    video, z = inputs(vae, P=5)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= 4e5
+        vae.encoder.conv_in.weight *= 4e5
+    latents, pixels = vae.encode(video), vae.decode(z)
+    for run, want in ((lambda: vae.encode(video), latents), (lambda: vae.decode(z), pixels)):
+        vae.half().tiles = 1
+        assert gap(run(), want) < 0.02 * want.abs().max()             # weights were rounded to float16
+        assert vae.decoder.conv_in.weight.dtype == torch.float32 and vae.tiles == 2
+        assert capsys.readouterr().err.count("too large for float16") == 1
+        assert gap(run(), want) < 0.02 * want.abs().max() and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("cuts", [[1] * 17, [2, 15], [7, 0, 1, 9]])
 def test_encode_stream_takes_any_pieces(vae, cuts):
     video, _ = inputs(vae)

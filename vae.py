@@ -471,8 +471,9 @@ class VAE(nn.Module):
         """run(), the whole of an encoding or decoding; if float16, which ends at 65504, overflows on the way, once more in float32."""
         result = run()
         if self.decoder.conv_in.weight.dtype == torch.float16 and not result.sum(dtype=torch.float32).isfinite():
-            print("warning: the VAE's numbers are too large for float16: it goes on in float32, slower and in twice the memory", file=sys.stderr)
+            print("warning: the VAE's numbers are too large for float16: it goes on in float32, slower", file=sys.stderr)
             self.float()
+            self.tiles *= 2                   # of half the size, as the memory was planned for float16
             result = run()
         return result
 
