@@ -30,6 +30,7 @@ import fp8
 import lora
 import names
 from checkpoints import DTYPE_NAMES, Entry, open_checkpoint, stored_as
+from machine import private_memory
 
 # ---------------------------------------------------------------------------------------------------- what is done to the tensors
 
@@ -117,9 +118,16 @@ def write_parts(folder, files):
     """Several components with one progress bar.  files {path in the folder: {name: Entry}}"""
     total = sum(entry.nbytes for tensors in files.values() for entry in tensors.values())
     with tqdm(total=total, unit="B", unit_scale=True, disable=total < 2**28) as bar:
+        most = 0.0
+
+        def progress(nbytes):
+            nonlocal most
+            most = max(most, private_memory())
+            bar.set_postfix_str(f"host memory {most:.1f} GiB without mapped files", refresh=False)
+            bar.update(nbytes)
         for path, tensors in files.items():
             bar.set_description(str(path))
-            write_safetensors(folder / path, tensors, bar.update)
+            write_safetensors(folder / path, tensors, progress if total >= 2**28 else bar.update)
 
 
 def compare(written, checkpoint):
@@ -276,14 +284,14 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device)
+        errors = [report(checkpoint, device)] if args.report else []
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)
         if args.target is None or args.to != "comfy":
             print(summary(checkpoint if args.target is None else open_checkpoint(args.target)))
-        if args.report:
-            print(report(checkpoint, device))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(*errors, sep="\n", end="\n" * bool(errors))
+    except (ValueError, OSError, RuntimeError) as error:             # RuntimeError: out of memory, a damaged file
+        print(str(error).splitlines()[0], file=sys.stderr)
         return 2
     return 0
 

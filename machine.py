@@ -256,7 +256,8 @@ def synchronize(device):
 
 def estimate_seconds(cfg, machine, tokens, video_tokens, forwards):
     """Of the denoising, from a probe of a second: 85% of the rates it finds."""
-    (matmul, attend), (linear, attn) = rates(cfg, machine, min(tokens, 8192)), forward_flops(cfg, tokens, video_tokens)
+    some = min(tokens, 8192 if machine.device.type == "cuda" else 1024)
+    (matmul, attend), (linear, attn) = rates(cfg, machine, some), forward_flops(cfg, tokens, video_tokens)
     return forwards * (linear / matmul + attn / attend) / 0.85
 
 

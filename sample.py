@@ -85,7 +85,8 @@ def parser():
                    "TI2V-5B 121, tiny 33)")
     g.add_argument("--clips", type=int, help="clips to make, at most (default: as many as the audio needs)")
     g.add_argument("--clip-frames", type=int, help=f"frames made at once, a multiple of 4, at most {MAX_CLIP_FRAMES} (default: 80)")
-    g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off)")
+    g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off; weights/tiny then speaks 3 frames late: "
+                   "add --av-offset 3)")
     g.add_argument("--av-offset", type=int, default=0, metavar="FRAMES",
                    help="play the sound this many frames later, or earlier if negative: -3 undoes the official lead of the mouth over the "
                         "sound, 187.5 ms (default: 0, as official)")

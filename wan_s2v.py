@@ -185,14 +185,15 @@ class WanS2VPipeline:
         self.checkpoint, self.machine, self.limit = checkpoint, machine, device_limit(machine.device, vram)
 
     @classmethod
-    def from_pretrained(cls, path, torch_dtype=None, device_map="auto"):
+    def from_pretrained(cls, path, torch_dtype=None, device_map="auto", vram=None, **choices):
         """path        folder in the official or converted layout, or a hub id that huggingface_hub can find
         torch_dtype    of the large linear layers on a GPU: bfloat16 (default) or float32; float16 runs as bfloat16; a CPU runs float32
         device_map     "auto" (a GPU if there is one), or a device; what stays on it and what is streamed follows from its free memory
+        vram           GB of a card to plan for        choices  fields of machine.Machine: compiled, quantize, attention8, resident, vae_dtype
         raises         ValueError naming what is missing or wrong
         """
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_map in (None, "auto") else device_map)
-        return cls(open_checkpoint(local_folder(path)), Machine(device, run_dtype(torch_dtype, device)))
+        return cls(open_checkpoint(local_folder(path)), Machine(device, run_dtype(torch_dtype, device), **choices), vram)
 
     # ------------------------------------------------------------------------------------------------------------- stages
 

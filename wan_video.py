@@ -9,11 +9,12 @@ Stages  plan -> text (umT5) -> picture (VAE) -> denoise -> decode.
 Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{text2video,image2video,textimage2video}.py
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 
-from machine import Fit, device_limit, fit
+from machine import Fit, device_limit, estimate_seconds, fit
 from model import PATCH
 from pictures import fit_i2v, fit_ti2v, i2v_size, load_image, ti2v_size
 from sampling import denoise
@@ -32,6 +33,7 @@ class VideoPlan:
     latent_shape: tuple[int, int, int]   # T, H, W
     weights: dict[str, float]    # component -> GiB
     fit: Fit
+    seconds: float               # of denoising, by a probe
     clips: int = 1
 
     @property
@@ -46,6 +48,7 @@ class VideoPlan:
             f"tokens   {T * (H // PATCH[1]) * (W // PATCH[2]):,}",
             f"weights  {size_table(self.weights)}",
             str(self.fit),
+            f"time     about {timedelta(seconds=round(self.seconds))} of denoising",
         ))
 
 
@@ -87,8 +90,11 @@ class WanVideoPipeline:
                              f"take {options.frames - (options.frames - 1) % vae.stride[0]}")
         height, width = self.size(options, kind, vae.stride[1])
         shape = (1 + (options.frames - 1) // vae.stride[0], height // vae.stride[1], width // vae.stride[2])
-        room = fit(self.checkpoint, shape, shape[0] * (shape[1] // PATCH[1]) * (shape[2] // PATCH[2]), self.machine, self.limit)
-        return VideoPlan(options, task, sampling["fps"], height, width, shape, self.checkpoint.sizes(), room)
+        tokens = shape[0] * (shape[1] // PATCH[1]) * (shape[2] // PATCH[2])
+        room = fit(self.checkpoint, shape, tokens, self.machine, self.limit)
+        seconds = estimate_seconds(self.checkpoint.configs["denoiser"], replace(room.machine, quantize=room.fp8), tokens, tokens,
+                                   options.steps * (2 if max(options.guidance) > 1 else 1))
+        return VideoPlan(options, task, sampling["fps"], height, width, shape, self.checkpoint.sizes(), room, seconds)
 
     def size(self, options, kind, stride):
         """(height, width): the picture's shape within the pixel budget, or without a picture exactly what was asked for."""
