@@ -206,10 +206,12 @@ def row_scales(entry):
     return entry.scale.read().float().reshape(-1, 1).expand(entry.shape[0], 1).contiguous()
 
 
-def multiplied(entry):
-    """A float8 Entry as bfloat16"""
-    x = entry.read()
-    return x.bfloat16() if entry.scale is None else (x.float() * row_scales(entry).view(-1, *[1] * (x.ndim - 1))).bfloat16()
+def multiplied(entry, rows=4096):
+    """A float8 Entry as bfloat16, some rows at a time: umT5's embedding would be 4 GB in float32."""
+    if entry.scale is None:
+        return entry.read().bfloat16()
+    scales = row_scales(entry).view(-1, *[1] * (len(entry.shape) - 1))
+    return torch.cat([(x.float() * scale).bfloat16() for x, scale in zip(entry.read().split(rows), scales.split(rows))])
 
 
 def settle(kind, tensors):

@@ -146,7 +146,7 @@ def merged(tensors, changes, device="cpu"):
             return x
         dtype = torch.bfloat16 if f"{name}_scale" in tensors else tensors[name].dtype
         changed[name] = dataclasses.replace(tensors[name], dtype=dtype, read=read)
-    again = fp8.quantized({name: entry for name, entry in changed.items() if f"{name}_scale" in tensors}, device)
+    again = fp8.quantized({name: entry for name, entry in changed.items() if f"{name}_scale" in tensors}, device, fp8.uses_fp8)
     return tensors | changed | again
 
 

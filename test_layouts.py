@@ -43,13 +43,20 @@ def test_fp8_folder(official, tmp_path, capsys):
     """--fp8 writes what `quantize` makes when loading; our layout is then strict about scales; a copy is the same bytes."""
     target = tmp_path / "ours"
     assert convert.main([str(official["s2v-14B"]), str(target), "--fp8", "--report"]) == 0
-    assert "worst 10 of 50 float8 layers" in capsys.readouterr().out
+    assert "worst 10 of 46 float8 layers" in capsys.readouterr().out
     straight, file = checkpoints.open_checkpoint(official["s2v-14B"]), target / "denoiser.safetensors"
     same(bits(checkpoints.open_checkpoint(target).load("denoiser")), bits(straight.load("denoiser", quantize=True)))
     same(bits(checkpoints.open_checkpoint(target).load("audio")), bits(straight.load("audio", quantize=True)))
     convert.convert(target, tmp_path / "copy", torch.bfloat16)
     assert (tmp_path / "copy" / "denoiser.safetensors").read_bytes() == file.read_bytes()
-    assert convert.main([str(target), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
+    assert convert.main([str(target), str(tmp_path / "more"), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+    save_file({"blocks.0.ffn.0": torch.zeros(3, 128)}, tmp_path / "activations.safetensors")
+    assert convert.main([str(official["s2v-14B"]), "--report", "--activations", str(tmp_path / "activations.safetensors")]) == 0
+    capsys.readouterr()
+    save_file({"ffn.0": torch.zeros(3, 128)}, tmp_path / "activations.safetensors")
+    assert convert.main([str(official["s2v-14B"]), "--report", "--activations", str(tmp_path / "activations.safetensors")]) == 2
+    assert "wanted activations of layers such as blocks.0." in capsys.readouterr().err
     whole, key = load_file(file), "blocks.0.ffn.0.weight"
     for change, *parts in (
             ({key + "_scale": None}, f"{key}_scale is missing", "(384, 1)"),
