@@ -13,6 +13,7 @@ PSNR      against the drawing of the right person, as the caption asks, with the
 person    the nearest of `people` held-out faces, all drawn at rest as the caption asks, is the right one
 obeyed    per thing named in a caption: of drawings with each hair (or background, mood) the one asked for is nearest; kept: the same for
           what no caption names, where the reference's own is right
+clip N    medians of all videos that have it; opening: r at lag 0 in that clip alone, none for clips of silence or under 16 frames
 
 Axes    P pixel frames
 """
@@ -36,7 +37,7 @@ import metrics
 from audio import RATE
 from faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
 from machine import Machine
-from sample import numbers, open_folder
+from sample import numbers, open_folder, pick_device
 from wan_s2v import Options, WanS2VPipeline, open_writer, run_dtype
 
 CHOICES = {"hair": list(HAIR), "background": list(BACKGROUND), "mood": list(MOODS)}       # what captions name
@@ -90,7 +91,8 @@ def make_cases(args, people, out):
         metrics.to_picture(faces.reference(people[person][None], generator)[0]).save(out / f"{name}.png")
         path, length = sounds[i % len(sounds)]
         start = round(rng.uniform(0, length - args.seconds), 2)
-        prompt, asked = ask(people[person], generator) if i % 2 else ("", {})
+        turn = i // len(people)                                       # every person with a caption in one turn and without in the next
+        prompt, asked = ask(people[person], generator) if (person + turn) % 2 else ("", {})
         if i >= args.videos:
             path, start = str(out / "silence.wav"), 0.0
         cases.append(Case(name, path, start, str(out / f"{name}.png"), person, asked, prompt))
@@ -191,7 +193,7 @@ def judge(path, case, people, clip_frames):
     target, wav = metrics.target_of(path, frames.shape[1], fps)
     measured, picture = metrics.measure(frames), metrics.fit_picture(metrics.load_image(case.image), frames.shape[2:])
     lag, best, now = metrics.sync(measured[:, 0], target[:, 0])
-    clips, seam = metrics.drift(frames, picture, clip_frames, clip_frames - 3)
+    clips, seam = metrics.drift(frames, picture, clip_frames, clip_frames - 3, measured, target)
     result = dict(lag=lag, best=best, now=now, width=metrics.width_correlation(measured, target), clips=clips, seam=seam,
                   measured=measured[:, 0], target=target[:, 0], frames=frames.shape[1], wav=wav)
     result |= judge_picture(frames, case, people, target)
@@ -210,6 +212,12 @@ def shuffled(results):
 def share(values):
     """Of True in a list; None for an empty one."""
     return sum(values) / len(values) if values else None
+
+
+def middle(values):
+    """Median of those that are not None; None if none is left."""
+    values = [value for value in values if value is not None]
+    return round(float(np.median(values)), 4) if values else None
 
 
 def summary(spoken, silent):
@@ -232,8 +240,8 @@ def summary(spoken, silent):
                     asked=sum(len(r["obeyed"]) for r in spoken), kept=share([ok for r in spoken for ok in r["kept"]]))
     seams = [r["seam"] for r in spoken if len(r["clips"]) > 1]
     numbers |= dict(seam=float(np.median(seams))) if seams else {}
-    numbers["drift"] = [{name: round(float(np.median([r["clips"][i][name] for r in spoken if len(r["clips"]) > i])), 4)
-                         for name in ("colour", "contrast", "sharpness")} for i in range(max(len(r["clips"]) for r in spoken))]
+    numbers["drift"] = [{name: middle([r["clips"][i][name] for r in spoken if len(r["clips"]) > i])
+                         for name in ("opening", "colour", "contrast", "sharpness")} for i in range(max(len(r["clips"]) for r in spoken))]
     return numbers
 
 
@@ -251,8 +259,7 @@ def table(n):
              f"{n['psnr_moved']:.1f} dB, {n['psnr_moved_p10']:.1f} (motion as found)",
              f"person       right in {percent(n['person'])}",
              f"caption      {percent(n['obeyed'])} of {n['asked']} things asked for; {percent(n['kept'])} of the others kept"]
-    lines += [f"clip {i:<7} colour off by {c['colour']:.3f}, contrast x {c['contrast']:.2f}, sharpness x {c['sharpness']:.2f}"
-              for i, c in enumerate(n["drift"])]
+    lines += [metrics.clip_line(i, c) for i, c in enumerate(n["drift"])]
     return lines + ([f"seam         {n['seam']:.2f} times the median frame difference"] if "seam" in n else [])
 
 
@@ -288,7 +295,7 @@ def parser():
     p.add_argument("--solver", help="unipc, dpm++ or euler (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="of people, sounds, captions and noise (default: 0)")
     p.add_argument("--fp8", action="store_true", help="cast the large matrices to float8 while loading")
-    p.add_argument("--device", default="auto", help="cpu, cuda (default: a GPU if there is one)")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return p
 
 
@@ -297,7 +304,7 @@ def evaluate(args):
     begin = time.perf_counter()
     if min(args.videos, args.people) < 1 or args.silent < 0 or args.seconds < 1.5:
         raise ValueError(f"wanted 1 or more videos and people and 1.5 s or more, got {args.videos}, {args.people}, {args.seconds:g} s")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = pick_device(args.device)
     pipeline = WanS2VPipeline(Kept(open_folder(args.ckpt)), Machine(device, run_dtype(None, device), quantize=args.fp8))
     args.out.mkdir(parents=True, exist_ok=True)
     people = faces.held_out_identities(args.people, args.seed)
