@@ -24,6 +24,7 @@ class Stage(NamedTuple):
     loss: Callable                                                   # (kind, tensor or None, ...) -> scalar
     finish: Callable | None = lambda nets: {}                        # averaged nets -> what else NAME.weights.pt holds; None: no such file
     record: bool = True                                              # on a GPU, as a graph per kind and shapes: for networks that are small
+    options: str = ""                                                # which, beside those of `train`, a resumed run must not change
 
 
 # ---------------------------------------------------------------------------------------------------------------- several GPUs
@@ -34,10 +35,16 @@ def world():
 
 
 def pick_device(name):
+    """cpu, cuda:1, cuda (of several, the one torchrun means for this process), auto (cuda or cpu).  raises ValueError if it is not there"""
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or auto, got {name}") from None
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"wanted {device}, but there are {torch.cuda.device_count()} CUDA devices: give another --device, such as cpu")
         torch.cuda.set_device(device)
     if world()[1] > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -137,18 +144,24 @@ def learning_rate(step, o):
 def train(name, stage, o, device):
     """Optimise until o.steps, from the saved state if there is one; leaves the averaged weights in stage.nets.
 
-    Writes out/NAME.pt (the state) and out/NAME.txt, NAME.png (the loss).
+    Writes out/NAME.pt (the state) and out/NAME.txt, NAME.png (the loss) every o.save steps.
+    raises ValueError if the state is of other networks or options, or the loss is not finite
     """
     rank, _ = world()
     path = Path(o.out) / f"{name}.pt"
     trained = [p for p in stage.nets.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in trained]
     optimiser = torch.optim.AdamW(trained, lr=o.lr, betas=(0.9, 0.99), weight_decay=o.decay, fused=device.type == "cuda")
+    options = {key: getattr(o, key) for key in f"seed steps batch lr warmup decay ema clip {stage.options}".split()}
     first, log, losses, recordings = 0, [], [], {}
     if path.is_file():
         state = load_state(path)
         if [p.shape for p in trained] != [p.shape for p in state["weights"]]:
             raise ValueError(f"{path} is the state of a run with other networks: remove it, or give another --out")
+        for key, old in state.get("options", {}).items():
+            if options.get(key, old) != old:
+                flag = f"--{key.replace('_', '-')}"
+                raise ValueError(f"{path} was trained with {flag} {old}, got {flag} {options[key]}: remove it, or give another --out")
         first, log, losses = state["step"], state["log"], [x.to(device) for x in state["losses"]]
         optimiser.load_state_dict(state["optimiser"])
         with torch.no_grad():
@@ -175,16 +188,15 @@ def train(name, stage, o, device):
                 print(f"{name} step {log[-1][0]:6d} of {o.steps}   loss {log[-1][1]:.4f}   {log[-1][2]:.0f} s", flush=True)
         if rank == 0 and ((step + 1) % o.save == 0 or step + 1 == last):
             save_state(path, dict(step=step + 1, log=log, losses=losses, weights=trained, average=average,
-                                  optimiser=optimiser.state_dict()))
+                                  optimiser=optimiser.state_dict(), options=options))
+            if log:
+                write_curve(path.with_suffix(""), log)
     with torch.no_grad():
         for p, e in zip(trained, average):
             p.copy_(e)
-    if rank == 0:
-        if log:
-            write_curve(Path(o.out) / name, log)
-        if stage.finish:
-            nets = {key: net.state_dict() for key, net in stage.nets.items()}
-            save_state(Path(o.out) / f"{name}.weights.pt", nets | stage.finish(stage.nets))
+    if rank == 0 and stage.finish:
+        nets = {key: net.state_dict() for key, net in stage.nets.items()}
+        save_state(Path(o.out) / f"{name}.weights.pt", nets | stage.finish(stage.nets))
 
 
 def save_state(path, state):

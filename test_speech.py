@@ -1,7 +1,9 @@
 """pytest test_speech.py    training sound: what is held out, and what augmentation does; seconds on a CPU"""
 import random
+import re
 import shutil
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -31,6 +33,35 @@ def test_sentences_held_out():
         assert not train & held_out and len(train) > 100, language
         assert not any(f" {slot} " in text for text in train for slot in "BCDN"), language      # every slot was filled
     assert not set(speech.VOICES) & set(speech.HELD_OUT_VOICES) and len(set(speech.VOICES)) == len(speech.VOICES)
+
+
+def test_nothing_held_out_is_spoken_in_train(tmp_path, monkeypatch):
+    """An hour as `make` would have it made, by a speaker who takes a second for each sentence."""
+    said, spoken = [], []
+
+    def speak(text, language, voice, speed, pitch):
+        if text != "hello":                                              # a trial before the first file
+            said.append((text, language, voice))
+        return np.random.default_rng(len(said)).normal(size=RATE).astype(np.float32)
+
+    def write(path, wav):                                                # what was said since the file before is in this one
+        assert all(path.name.startswith(f"{language}_{voice}_") for _, language, voice in said)
+        spoken.extend((path.parent.name, *words) for words in said)
+        said.clear()
+        path.touch()
+    monkeypatch.setattr(speech, "speak", speak)
+    monkeypatch.setattr(speech, "write_ogg", write)
+    speech.make(tmp_path, hours=1)
+
+    def heard(column, folder):
+        return {row[column] for row in spoken if row[0] == folder}
+    train, held_out = ({" ".join(re.findall(r"\w+", text.lower())) for text in heard(1, folder)} for folder in ("train", "held_out"))
+    assert not train & held_out and len(train) > 500 and len(held_out) > 100
+    assert speech.HELD_OUT_LANGUAGE in heard(2, "held_out") and speech.HELD_OUT_LANGUAGE not in heard(2, "train")
+    assert heard(2, "train") | {speech.HELD_OUT_LANGUAGE} == set(speech.TEXTS)
+    assert not heard(3, "train") & heard(3, "held_out") and heard(3, "held_out") == set(speech.HELD_OUT_VOICES)
+    for folder in ("train", "held_out"):                                 # and the folders hold nothing else
+        assert {path.name.split("_")[1] for path in tmp_path.glob(f"{folder}/*.ogg")} == heard(3, folder)
 
 
 @ESPEAK

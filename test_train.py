@@ -2,7 +2,12 @@
 
     pytest test_train.py
 """
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,9 +17,12 @@ from PIL import Image
 
 import checkpoints
 import convert_weights
+import faces
 import fp8
 import lora
+import optimise
 import sample
+import solver
 import train
 from audio import RATE, AudioConfig
 from model import Config
@@ -85,6 +93,166 @@ def alike(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+# ------------------------------------------------------------------------------------------------------ what is trained on
+
+@pytest.mark.parametrize("expert", ["both", "high", "low"])
+@pytest.mark.parametrize("shift, boundary", [(3.0, 0.875), (5.0, 0.9), (1.0, 0.5)])
+def test_noise_levels(expert, shift, boundary):
+    """Shifted as the sampler's steps are, evenly distributed before that, and on the expert's side of the boundary."""
+    o = train.Options(shift=shift, boundary=boundary)
+    sigma = train.noise_levels(4000, o, expert, torch.Generator().manual_seed(0), torch.device("cpu")).sort().values
+    least, most = {"both": (0, 1), "high": (boundary, 1), "low": (0, boundary)}[expert]
+    assert least - 1e-6 <= sigma[0] and sigma[-1] <= most + 1e-6
+    steps = torch.from_numpy(solver.schedule(1000, shift, 1.0)[0].numpy()[::-1].copy())
+    steps = steps[(steps >= least) & (steps <= most)]                # of a sampler with 1000 steps, those that are the expert's
+    share = torch.linspace(0.01, 0.99, 99)
+    assert (sigma.quantile(share) - steps.quantile(share)).abs().max() < 0.04 * (most - least)
+
+
+class Recorder:
+    """A denoiser that keeps what it is given and answers with `v`."""
+
+    def __init__(self, v):
+        self.v = v
+
+    def prepare(self, *given):
+        self.given = given
+        return "cond"
+
+    def __call__(self, *seen):
+        self.seen = seen
+        return self.v
+
+
+def random_clips(n, later=True):
+    g = torch.Generator().manual_seed(1)
+    size = dict(latents=(n, 3, 4, 2, 2), ref=(n, 3, 1, 2, 2), motion=(n, 3, 3, 2, 2), audio=(n, 2, 5, 16), weight=(n, 1, 4, 2, 2))
+    clips = {name: torch.rand(shape, generator=g) + 1 for name, shape in size.items()} | {"ids": torch.arange(1, 6).repeat(n, 1)}
+    return train.Clips(**clips if later else clips | {"motion": None})
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_flow_loss(later):
+    """The network gets all of a clip and a straight mixture of it with noise, and is to say where the noise is, seen from the clip."""
+    clips, text, sigma = random_clips(3, later), torch.rand(3, 5, 4), torch.tensor([0.0, 0.25, 1.0])
+    eps = torch.randn(clips.latents.shape, generator=torch.Generator().manual_seed(2))
+    error = torch.zeros_like(eps)
+    error[1, :, 2] = 2                                               # one latent frame of one clip is off by 2
+    net = Recorder(eps - clips.latents + error)
+    loss = train.flow_loss(net, clips, text, sigma, eps)
+    size, *given = net.given
+    assert tuple(size) == (4, 2, 2) and all(x is y for x, y in zip(given, (text, clips.audio, clips.ref, clips.motion), strict=True))
+    x, t, cond = net.seen
+    assert torch.equal(x[0], clips.latents[0]) and torch.equal(x[2], eps[2]) and cond == "cond" and t.tolist() == [0, 250, 1000]
+    torch.testing.assert_close(x[1], 0.75 * clips.latents[1] + 0.25 * eps[1])
+    torch.testing.assert_close(loss, 4 * clips.weight[1, :, 2].sum() / clips.weight.sum())
+
+
+@pytest.mark.parametrize("drop, least, most", [(0.0, 0, 0), (0.25, 0.2, 0.3), (1.0, 1, 1)])
+def test_sound_and_caption_are_dropped_together(drop, least, most):
+    clips = random_clips(1000)
+    left = train.without(clips, drop, torch.Generator().manual_seed(0), 7)
+    silent = (left.audio == 0).flatten(1).all(1)
+    assert least <= silent.float().mean() <= most
+    assert torch.equal(left.audio[~silent], clips.audio[~silent])
+    assert torch.equal(left.ids, torch.where(silent[:, None], torch.tensor([7, 0, 0, 0, 0]), clips.ids))
+    assert all(getattr(left, name) is getattr(clips, name) for name in ("latents", "ref", "motion", "weight"))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What faces.draw was asked for. The picture of frame k is k all over, so that of a later clip is known by its numbers."""
+    calls = []
+
+    def draw(identity, motion, mouth, window=None):
+        calls.append((identity, motion, mouth))
+        return torch.arange(mouth.shape[1]).view(1, 1, -1, 1, 1).expand(len(identity), 3, -1, faces.SIZE, faces.SIZE).float()
+    monkeypatch.setattr(faces, "draw", draw)
+    return calls
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_lips_sound_and_latents_of_drawn_clips(later, drawn, monkeypatch):
+    """The sampler shows what heard column k 3 frames earlier, so frame k has the mouth of that time. The columns are the clip's own."""
+    n, frames, heard = 40, train.CLIP + train.PAST if later else train.CLIP, []
+
+    def features(encoder, wav, columns):                             # column c is the number c + 1, then some more behind the end
+        heard.append(wav)
+        return torch.arange(1.0, columns + 8).expand(len(wav), 1, 1, -1)
+    monkeypatch.setattr(train, "features", features)
+    eyes = types.SimpleNamespace(encode=lambda video, chunk=None: video.mean((1, 3, 4), keepdim=True)[:, :, ::4])      # its last frame
+    sound = train.speech.Speech(torch.from_numpy((tone(9) * 32767).astype(np.int16)), torch.tensor([0, 9 * RATE]))
+    clips = train.drawn_clips({"vae": eyes, "audio": None}, sound, lambda captions: captions, later, n, torch.Generator().manual_seed(0),
+                              torch.device("cpu"))
+    mouth = [mouth for _, _, mouth in drawn if mouth.shape[1] > 1]
+    assert len(mouth) == 1 and torch.equal(mouth[0], faces.articulation(heard[0], (torch.arange(frames) - 3) / 16))
+    assert mouth[0][..., 0].std(dim=1).max() > 0.1                   # mouths that move
+    assert not any(faces.is_held_out(who).any() for who, _, _ in drawn)
+    start = train.PAST if later else 0
+    assert clips.latents.shape[2] == train.CLIP // 4
+    assert clips.latents[0].flatten().tolist() == list(range(start + 3, start + train.CLIP, 4))
+    assert clips.motion is None if not later else clips.motion[0].flatten().tolist() == list(range(0, train.PAST, 4))
+    columns = torch.arange(start + 1.0, start + train.CLIP + 1)
+    assert clips.audio.shape == (n, 1, 1, train.CLIP) and (clips.audio == columns).all(dim=3).any()
+    assert ((clips.audio == columns) | (clips.audio == 0)).all() and (clips.audio == 0).any()
+    for wav, audio in zip(heard[0], clips.audio[:, 0, 0]):           # zeros: behind the end of the sound
+        assert not wav[1000 * (start + int((audio != 0).sum())):1000 * frames].any()
+
+
+def test_drawn_pictures_show_no_held_out_face(drawn, speech):
+    for frames in (1, 5):
+        train.scenes(64, frames, torch.Generator().manual_seed(0), torch.device("cpu"), train.speech.load_folder(speech))
+    assert len(drawn) == 3 and not any(faces.is_held_out(who).any() for who, _, _ in drawn)
+
+
+# ---------------------------------------------------------------------------------------------------------- several processes
+
+PROCESS = """
+import torch, optimise
+optimise.pick_device("cpu")
+rank, _ = optimise.world()
+a, unused, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 4, 3))
+a.grad, b.grad = torch.tensor([1.0, 2.0]) + rank, torch.full((3,), 10.0 * rank)
+optimise.average_gradients([a, unused, b])
+print(a.grad.tolist(), unused.grad, b.grad.tolist())
+"""
+
+
+def test_gradients_are_averaged_over_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")         # works without any network
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME=loopback, OMP_NUM_THREADS="1")
+    processes = [subprocess.Popen([sys.executable, "-c", PROCESS], env=env | dict(RANK=str(rank)), text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, cwd=os.path.dirname(os.path.abspath(optimise.__file__))) for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for out, err in said:
+        assert out == "[1.5, 2.5] None [5.0, 5.0, 5.0]\n", err
+
+
+def test_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    names = [("cpu", "cpu"), ("cuda", "cuda:0"), ("auto", "cuda:0"), ("cuda:1", "cuda:1")]
+    assert all(optimise.pick_device(name) == torch.device(wanted) for name, wanted in names)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert optimise.pick_device("cuda") == optimise.pick_device("auto") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda", index) for index in (0, 0, 1, 1, 1)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert optimise.pick_device("auto") == torch.device("cpu")
+    for name, message in (("gpu", "device must be cpu, cuda, cuda:1 or auto, got gpu"), ("cuda", "wanted cuda:1, but there are 0 CUDA")):
+        with pytest.raises(ValueError, match=message):
+            optimise.pick_device(name)
+
+
 # --------------------------------------------------------------------------------------------------------------- the stages
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -132,6 +300,30 @@ def test_losses_between_two_lines_of_the_log_are_not_lost(tmp_path):
             train.train(name, stage, train.dataclasses.replace(o, stop=stop), torch.device("cpu"))
         logs.append([row[:2] for row in state(tmp_path / f"{name}.pt")["log"]])
     assert len(logs[0]) == 200 and logs[0] == logs[1]
+
+
+def test_state_of_other_options_is_refused(speech, tmp_path, capsys):
+    """And the loss can be looked at before the end."""
+    argv = arguments("audio", speech, tmp_path)
+    assert train.main([*argv, "--stop", "4", "--save", "2"]) == 0
+    assert len((tmp_path / "audio.txt").read_text().splitlines()) == 5 and (tmp_path / "audio.png").is_file()
+    before = (tmp_path / "audio.pt").read_bytes()
+    for flag, old, new in (("--seed", 0, 3), ("--lr", 0.003, 0.1), ("--batch", 2, 3), ("--steps", 16, 20), ("--warmup", 2, 3),
+                           ("--ema", 0.5, 0.6), ("--decay", 0.01, 0.1), ("--clip", 1.0, 2.0)):
+        capsys.readouterr()
+        assert train.main([*argv, flag, str(new)]) == 2
+        assert capsys.readouterr().err == (f"error: {tmp_path}/audio.pt was trained with {flag} {old}, got {flag} {new}: "
+                                           "remove it, or give another --out\n")
+    assert (tmp_path / "audio.pt").read_bytes() == before
+    assert train.main([*argv, "--pool", "4", "--drop", "0.5", "--stop", "5"]) == 0           # which are not of this stage
+
+
+def test_options_of_the_denoisers_are_in_the_state(runs, speech, capsys):
+    for flag, new in (("--boundary", 0.5), ("--shift", 5.0), ("--drop", 0.5), ("--motion-noise", 0.5), ("--pool", 4), ("--fresh", 2),
+                      ("--every", 9)):
+        assert train.main([*arguments("dit_low", speech, runs), flag, str(new)]) == 2
+        err = capsys.readouterr().err
+        assert f"dit_low.pt was trained with {flag} " in err and f"got {flag} {new}: remove it" in err
 
 
 def test_export_runs(tiny, speech, tmp_path, capsys):
@@ -243,6 +435,14 @@ def test_picture_and_sound_of_a_film_are_lead_frames_apart(films, monkeypatch):
     (["dit", "--out", "EMPTY"], "vae.weights.pt is not there: run `python train.py vae` first"),
     (["export", "--out", "EMPTY"], "is not there: run"),
     (["dit", "--expert", "middle"], "expert must be both, high or low, got middle"),
+    (["vae", "--device", "gpu"], "device must be cpu, cuda, cuda:1 or auto, got gpu"),
+    (["vae", "--device", "cuda:99"], "wanted cuda:99, but there are"),
+    *((["dit", f"--{flag}", value], f"{flag.replace('-', '_')} must be {wanted}, got {value}") for flag, value, wanted in (
+        ("steps", "-1", "0 or more"), ("batch", "-2", "0 or more"), ("lr", "-0.1", "0 or more"), ("lr", "nan", "0 or more"),
+        ("stop", "-1", "0 or more"), ("lora", "-1", "0 or more"), ("lead", "-1", "0 or more"), ("warmup", "0", "1 or more"),
+        ("save", "0", "1 or more"), ("every", "0", "1 or more"), ("fresh", "0", "1 or more"), ("pool", "0", "1 or more"),
+        ("ema", "1.1", "0 to 1"), ("drop", "-0.1", "0 to 1"), ("motion-noise", "2.0", "0 to 1"), ("boundary", "1.5", "0 to 1"),
+        ("shift", "0.0", "0.01 to 100"), ("seed", "-1", "0 to 9223372036854775807"))),
     (["tune", "--ckpt", "EMPTY"], "is no checkpoint"),
     (["tune", "--ckpt", "TINY", "--data", "EMPTY"], "got 0 videos: add some"),
     (["tune", "--ckpt", "TINY", "--data", "FILMS", "--targets", "self_attn.x"], "no block has a linear layer self_attn.x: wanted some of"),
@@ -254,7 +454,7 @@ def test_bad_input_is_one_line(argv, message, tiny, films, tmp_path, capsys):
         film.write(torch.zeros(3, 4, 64, 64))
     (tmp_path / "empty").mkdir()
     places = {"EMPTY": tmp_path / "empty", "TINY": tiny, "FILMS": films, "SILENT": tmp_path / "silent"}
-    assert train.main([str(places.get(word, word)) for word in argv] + ["--device", "cpu"]) == 2
+    assert train.main(argv[:1] + ["--device", "cpu"] + [str(places.get(word, word)) for word in argv[1:]]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
 
@@ -263,3 +463,5 @@ def test_state_of_other_networks_is_refused(tiny, films, tmp_path, capsys):
     for rank, status in (("1", 0), ("2", 2)):
         assert tune(tiny, films, tmp_path, "--lora", rank, "--stop", "1") == status
     assert "is the state of a run with other networks" in capsys.readouterr().err
+    assert tune(tiny, films, tmp_path, "--lora", "1", "--lead", "0") == 2
+    assert "tune_new_both.pt was trained with --lead 3, got --lead 0: remove it" in capsys.readouterr().err

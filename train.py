@@ -16,7 +16,7 @@ How lips meet sound  The sampler drops the first 3 frames of the first clip and 
 The two kinds of clip  First: 80 frames, encoded behind the reference picture, no motion tokens. Later: 80 frames encoded behind the 73
     before them, whose 19 latents are the motion. Every other batch is of the other kind.
 Resume  All randomness of step s comes from generators seeded by (seed, s), and a clip by its number, so a run that was stopped and
-    resumed gives the bits of one that was not.
+    resumed gives the bits of one that was not. A state is refused by a run with other options.
 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   S text tokens
 """
@@ -64,8 +64,8 @@ SAMPLING = dict(size=[128, 128], steps=12, guidance=[1.5, 1.5], negative_prompt=
 NOTE = "trained on drawn faces: it knows faces as faces.py draws them and nothing else"
 
 
-def option(default, help):
-    return field(default=default, metadata={"help": help})
+def option(default, help, least=-math.inf, most=math.inf):
+    return field(default=default, metadata={"help": help, "range": (least, most)})
 
 
 @dataclass(frozen=True)
@@ -73,26 +73,26 @@ class Options:
     stage: str = option("dit", "audio, vae, dit, export or tune")
     out: str = option("runs/tiny", "folder of the stages' states and loss curves")
     speech: str = option("data/speech/train", "folder of training sound")
-    steps: int = option(0, "optimiser steps (0: the stage's own)")
-    batch: int = option(0, "clips per step and GPU (0: the stage's own)")
-    lr: float = option(0.0, "highest learning rate (0: the stage's own)")
-    warmup: int = option(100, "steps until it is reached; then a cosine to 0")
-    decay: float = option(0.01, "AdamW's weight decay")
-    ema: float = option(0.999, "of the averaged weights, which are those that are used afterwards")
-    clip: float = option(1.0, "largest norm of the gradient")
-    seed: int = option(0, "of everything random")
-    save: int = option(1000, "steps between saved states; a run goes on from the last one by itself")
-    stop: int = option(0, "end this run early, after this many steps; the same command without it goes on (0: at --steps)")
+    steps: int = option(0, "optimiser steps (0: the stage's own)", 0)
+    batch: int = option(0, "clips per step and GPU (0: the stage's own)", 0)
+    lr: float = option(0.0, "highest learning rate (0: the stage's own)", 0)
+    warmup: int = option(100, "steps until it is reached; then a cosine to 0", 1)
+    decay: float = option(0.01, "AdamW's weight decay", 0)
+    ema: float = option(0.999, "of the averaged weights, which are those that are used afterwards", 0, 1)
+    clip: float = option(1.0, "largest norm of the gradient", 0)
+    seed: int = option(0, "of everything random", 0, 2 ** 63 - 1)
+    save: int = option(1000, "steps between saved states and loss curves; a run goes on from the last one by itself", 1)
+    stop: int = option(0, "end this run early, after this many steps; the same command without it goes on (0: at --steps)", 0)
     device: str = option("auto", "cpu, cuda, cuda:1 (auto: a GPU if there is one)")
     # dit
     expert: str = option("both", "both: all noise levels; high or low: this side of the boundary, starting from `both`")
-    boundary: float = option(0.875, "sigma from which the high-noise expert serves")
-    shift: float = option(3.0, "of the noise levels, as in sampling")
-    drop: float = option(0.1, "share of clips whose sound and caption are taken away, for guidance")
-    motion_noise: float = option(0.15, "most noise on the motion latents: the sampler's own are not perfect either")
-    pool: int = option(2048, "clips kept ready")
-    fresh: int = option(16, "clips that are replaced at once")
-    every: int = option(30, "steps between two replacements")
+    boundary: float = option(0.875, "sigma from which the high-noise expert serves", 0, 1)
+    shift: float = option(3.0, "of the noise levels, as in sampling", 0.01, 100)
+    drop: float = option(0.1, "share of clips whose sound and caption are taken away, for guidance", 0, 1)
+    motion_noise: float = option(0.15, "most noise on the motion latents: the sampler's own are not perfect either", 0, 1)
+    pool: int = option(2048, "clips kept ready", 1)
+    fresh: int = option(16, "clips that are replaced at once", 1)
+    every: int = option(30, "steps between two replacements", 1)
     compile: bool = option(False, "torch.compile the denoiser's blocks")
     # export
     to: str = option("", "new checkpoint folder of export (weights/tiny); LoRA file, or new folder, of tune (tuned)")
@@ -101,11 +101,11 @@ class Options:
     ckpt: str = option("weights/tiny", "checkpoint folder to fine-tune")
     data: str = option("videos", "folder of videos with sound. Beside NAME.mp4 may lie NAME.txt, its caption, and NAME.png, its reference "
                         "picture (else its middle frame)")
-    size: int = option(0, "pixels of a training frame, as in WIDTH*HEIGHT (0: the checkpoint's)")
-    lora: int = option(8, "rank; 0 changes all weights and writes a whole checkpoint")
+    size: int = option(0, "pixels of a training frame, as in WIDTH*HEIGHT (0: the checkpoint's)", 0)
+    lora: int = option(8, "rank; 0 changes all weights and writes a whole checkpoint", 0)
     targets: str = option("self_attn.q self_attn.k self_attn.v self_attn.o cross_attn.q cross_attn.k cross_attn.v cross_attn.o ffn.0 ffn.2 "
                           "inject.q inject.k inject.v inject.o", "layers of a block that get a LoRA")
-    lead: int = option(WARM_UP, "frames between a picture and the audio column it is trained with; 3 makes lips and sound coincide")
+    lead: int = option(WARM_UP, "frames between a picture and the audio column it is trained with; 3 makes lips and sound coincide", 0)
     recompute: bool = option(False, "compute each block again in the backward pass: much less memory, a third slower")
 
 
@@ -200,23 +200,19 @@ def initialise_vae(vae):
             if isinstance(layer, CausalConv):
                 layer.weight[:, :, :-1] = 0
             if isinstance(layer, Downsample) and layer.time:
-                identity(layer.time.weight[:, :, -1, 0, 0])
+                nn.init.eye_(layer.time.weight[:, :, -1, 0, 0])
             if isinstance(layer, Upsample) and layer.time:
                 for half in layer.time.weight[:, :, -1, 0, 0].chunk(2):
-                    identity(half)
+                    nn.init.eye_(half)
             if isinstance(layer, ResBlock):
                 layer.conv2.weight *= 0.3
         for layer in (vae.encoder.to_latent, vae.decoder.from_latent):
-            identity(layer.weight[:, :, 0, 0, 0])
+            nn.init.eye_(layer.weight[:, :, 0, 0, 0])
             layer.bias.zero_()
         z = vae.config.z_dim
         vae.encoder.to_latent.weight[z:] *= 0.1
         vae.encoder.to_latent.bias[z:] = -6                          # log variance
     return vae
-
-
-def identity(matrix):
-    matrix.zero_().fill_diagonal_(1)
 
 
 def run_in_time(net, x):
@@ -435,7 +431,8 @@ def dit_stage(o, device):
         clips = Clips(*clips)
         with mixed(device):
             return flow_loss(net, clips, encode_ids(encoder, clips.ids), sigma, eps)
-    return Stage(nn.ModuleDict({"denoiser": net, "text": encoder}), batch, loss)
+    return Stage(nn.ModuleDict({"denoiser": net, "text": encoder}), batch, loss,
+                 options="shift drop motion_noise pool fresh every" + " boundary" * (o.expert != "both"))
 
 
 def initialise_denoiser(net):
@@ -479,7 +476,9 @@ def export(o):
     parts |= {kind: as_part(kind, configs[kind], nets[kind]) for kind in ("vae", "text", "audio")}
     whole = checkpoints.Checkpoint(Path(o.out), "s2v-14B", o.boundary if two else None, checkpoints.SAMPLING["s2v-14B"] | SAMPLING,
                                    Path(o.out) / "tokenizer.json", parts, NOTE)
-    convert_weights.save(whole, o.to, quantize=o.fp8)
+    if o.fp8:                                                        # the few megabytes that `fp8.is_cast` leaves out count here
+        whole = convert_weights.change_denoisers(whole, lambda _, part: fp8.quantized(part.tensors, choose=fp8.uses_fp8))
+    convert_weights.save(whole, o.to)
     print(f"wrote {o.to}: {sum(f.stat().st_size for f in Path(o.to).iterdir()) / 1e6:.2f} MB")
 
 
@@ -584,7 +583,7 @@ def tune_stage(o, device):
         *clips, sigma, eps = tensors
         with mixed(device):
             return flow_loss(experts[expert], Clips(*clips), text, sigma, eps)
-    return Stage(experts, batch, loss, None, record=False), source
+    return Stage(experts, batch, loss, None, record=False, options="drop motion_noise lead size targets"), source
 
 
 def tune(o, device):
@@ -607,12 +606,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Train a tiny S2V from nothing, or fine-tune any S2V checkpoint.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Options):
-        kind = argparse.BooleanOptionalAction if isinstance(f.default, bool) else None
-        extra = dict(action=kind) if kind else dict(type=type(f.default))
-        name = f.name if f.name == "stage" else f"--{f.name.replace('_', '-')}"
-        choices = dict(choices=("audio", "vae", "dit", "export", "tune")) if f.name == "stage" else {}
-        parser.add_argument(name, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **extra, **choices)
+        name, choices = ("stage", tuple(DEFAULTS)) if f.name == "stage" else (f"--{f.name.replace('_', '-')}", None)
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else dict(type=type(f.default), choices=choices)
+        parser.add_argument(name, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **kind)
     o = Options(**vars(parser.parse_args(argv)))
+    for f in fields(o):
+        value, (least, most) = getattr(o, f.name), f.metadata["range"]
+        if not isinstance(value, str) and not least <= value <= most:          # NaN is neither
+            raise ValueError(f"{f.name} must be {least} {'or more' if most == math.inf else f'to {most}'}, got {value}")
     if o.expert not in ("both", "high", "low"):
         raise ValueError(f"expert must be both, high or low, got {o.expert}")
     return dataclasses.replace(o, **{name: value for name, value in DEFAULTS.get(o.stage, {}).items() if not getattr(o, name)})
