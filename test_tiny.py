@@ -1,7 +1,6 @@
 """The committed tiny checkpoint, end to end: lips follow the sound in the written file. python -m pytest -s test_tiny.py   (half a minute, CPU)
 
-One frame off, the sound of another clip, and a later clip that is not decoded behind the one before it fail here. Motion tokens that are left out do
-not (the drawn heads hardly move): the reference cases pipeline_s2v_* of test_parity.py notice that.
+One frame off, the sound of another clip, a later clip that is not decoded behind the one before it, and motion tokens that are left out fail here.
 """
 from pathlib import Path
 
@@ -11,8 +10,12 @@ import torch
 import faces
 import metrics
 import sample
-from audio import load_audio
+from audio import audio_features, load_audio
 from checkpoints import open_checkpoint
+from machine import Machine
+from sampling import denoise
+from solver import make_solver
+from wan_s2v import encode_text, load_experts
 
 HERE = Path(__file__).parent
 VOICE, ITALIAN, FACE, WEIGHTS = (HERE / name for name in ("samples/voice.flac", "samples/italian.flac", "samples/face.png", "weights/tiny"))
@@ -51,6 +54,28 @@ def test_later_clip_goes_on(tmp_path):
     print(f"opening: r {metrics.correlation(*first):.3f}, then {metrics.correlation(*later):.3f}; seam {seam:.2f} frame differences; {clips}")
     assert metrics.correlation(*first) >= 0.7 and metrics.sync(*later)[0] == 0 and metrics.correlation(*later) >= 0.7
     assert seam < 4 and all(clip["colour"] < 0.06 for clip in clips)
+
+
+def test_later_clip_remembers_the_past():
+    """The reference picture is green, the 73 frames before the clip are yellow: with motion tokens the clip stays yellow, without it turns green."""
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    checkpoint, machine, wav = open_checkpoint(WEIGHTS), Machine(cpu, torch.float32), load_audio(VOICE)
+    vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, machine)
+    (text, *_), (columns, _) = encode_text(checkpoint, [""], machine), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
+    green, yellow = (faces.apply(faces.held_out_identities(1), background=colour) for colour in ("green", "yellow"))
+    past = faces.draw(yellow, torch.zeros(1, 73, 4), faces.articulation(wav, torch.arange(73) / 16)[None])
+    with torch.no_grad():
+        ref, motion = vae.encode(faces.reference(green, generator)[:, :, None]), vae.encode(past)
+        seen = []
+        for tokens in (motion, None):
+            arguments = dict(shape=(20, 16, 16), text=text, audio=columns[None], ref=ref, motion=tokens)
+            noise = torch.randn(1, 16, 20, 16, 16, generator=torch.Generator().manual_seed(1))
+            latents = denoise(experts, make_solver("unipc", 4, 3.0), noise, lambda positive: arguments, (1.0,))
+            frame = vae.decode(latents[:, :, -2:])[0, :, -1]             # alone: nothing of the past but what was denoised
+            seen.append([(frame - faces.reference(face, torch.Generator().manual_seed(0))[0]).square().mean().sqrt().item() for face in (yellow, green)])
+    (kept, _), (_, forgotten) = seen
+    print(f"distance to the past and to the picture: {seen[0][0]:.3f} and {seen[0][1]:.3f} with motion tokens, {seen[1][0]:.3f} and {seen[1][1]:.3f} without")
+    assert kept < 0.6 * seen[0][1] and forgotten < 0.6 * seen[1][0]
 
 
 def test_unknown_picture_is_said(tmp_path, capsys):
