@@ -31,7 +31,7 @@ from checkpoints import Entry, materialise, parameter_shapes
 from machine import GIB, Machine, device_limit, fit, forward_flops, memory_used, rates
 from model import compile_blocks, use_attention8
 from offload import HostLayers
-from sample import DTYPES, size
+from sample import DTYPES, pick_device, size
 from vae import new_past
 from wan_s2v import decode_frames, token_counts
 
@@ -277,15 +277,20 @@ def parser():
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
     p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward too")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return p
 
 
 def main(args):
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = fake_checkpoint.released("s2v-14B") if args.preset == "s2v-14B" else fake_checkpoint.tiny("s2v-14B")
     stride = configs["vae"].stride
+    for name, ok, want in (("repeats", args.repeats >= 1, "1 or more"), ("frames", args.frames >= 4 and args.frames % 4 == 0, "a multiple of 4"),
+                           ("size", all(n % (2 * stride[1]) == 0 for n in args.size), f"multiples of {2 * stride[1]}"),
+                           ("profile", not args.profile or device.type == "cuda", "a GPU")):
+        if not ok:
+            raise ValueError(f"--{name} wants {want}, got {getattr(args, name)}")
     shape = (args.frames // stride[0], args.size[1] // stride[1], args.size[0] // stride[2])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, commit {commit()}, {args.preset} at {args.size[0]}x{args.size[1]}, {args.frames} frames"
