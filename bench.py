@@ -28,10 +28,10 @@ import torch
 import attention8
 import fake_checkpoint
 from checkpoints import Entry, materialise, parameter_shapes
-from machine import GIB, Machine, device_limit, fit, forward_flops, memory_used, rates
+from machine import GIB, Machine, device_limit, fit, forward_flops, memory_used, pick_device, rates
 from model import compile_blocks, use_attention8
 from offload import HostLayers
-from sample import DTYPES, pick_device, size
+from sample import DTYPES, size
 from vae import new_past
 from wan_s2v import decode_frames, token_counts
 
@@ -302,7 +302,7 @@ def main(args):
         args = as_planned(args, configs, device, dtype, shape)
     runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape),
             "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
-            "vae-encode": lambda: bench_vae(args, configs, device, shape, False), 
+            "vae-encode": lambda: bench_vae(args, configs, device, shape, False),
             "vae-error": lambda: bench_vae_error(configs, device, shape), "text": lambda: bench_text(args, configs, device, dtype),
             "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
     with torch.no_grad():

@@ -131,7 +131,7 @@ def write_parts(folder, files):
             bar.update(nbytes)
         for path, tensors in files.items():
             bar.set_description(str(path))
-            write_safetensors(folder / path, tensors, progress if total >= 2**28 else bar.update)
+            write_safetensors(folder / path, tensors, progress)
 
 
 def compare(written, checkpoint):
@@ -290,12 +290,13 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device)
-        errors = [report(checkpoint, device, args.activations)] if args.report else []
+        errors = report(checkpoint, device, args.activations) if args.report else None
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)
         if args.target is None or args.to != "comfy":
             print(summary(checkpoint if args.target is None else open_checkpoint(args.target)))
-        print(*errors, sep="\n", end="\n" * bool(errors))
+        if errors:
+            print(errors)
     except (ValueError, OSError, RuntimeError) as error:             # RuntimeError: out of memory, a damaged file
         print(str(error).splitlines()[0], file=sys.stderr)
         return 2

@@ -36,8 +36,8 @@ import faces
 import metrics
 from audio import RATE
 from faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
-from machine import Machine
-from sample import numbers, open_folder, pick_device
+from machine import Machine, pick_device
+from sample import numbers, open_folder
 from wan_s2v import Options, WanS2VPipeline, open_writer, run_dtype
 
 CHOICES = {"hair": list(HAIR), "background": list(BACKGROUND), "mood": list(MOODS)}       # what captions name

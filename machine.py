@@ -11,6 +11,7 @@ spans, the text keys on the GPU, resident blocks. The VAE waits in host memory w
 """
 import math
 import os
+import re
 import resource
 import time
 from dataclasses import dataclass, replace
@@ -132,6 +133,17 @@ def layer_bytes(cfg, machine):
     return cfg.n_layer * 2 * cfg.text_len * cfg.dim * machine.dtype.itemsize
 
 
+def pick_device(name, rank=None):
+    """auto, cpu, cuda:1, or cuda: of several the one with number `rank` -> torch.device.  raises ValueError if it is not there"""
+    there = torch.cuda.device_count()
+    name = ("cuda" if there else "cpu") if name == "auto" else name
+    name = f"cuda:{rank}" if name == "cuda" and rank is not None else name
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not found or name != "cpu" and int(found[1] or 0) >= there:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or auto, got {name}: PyTorch {torch.__version__} sees {there} CUDA GPUs")
+    return torch.device(name)
+
+
 def device_limit(device, vram=None):
     """Bytes of device memory that a run may take. vram: GiB of a card to rehearse, made binding for this process. None on a CPU."""
     if device.type != "cuda":
@@ -152,9 +164,9 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
     limit         bytes of device memory, None on a CPU
     returns       Fit                        raises  ValueError with the option that would make it fit
     """
-    chosen, n = choose(checkpoint, latent_shape, tokens, machine, limit), weigh(checkpoint.parts[checkpoint.experts[0]], machine)(None)[2]
-    if not 0 <= (machine.resident or 0) <= n:
-        raise ValueError(f"the denoiser has {n} blocks, of which 0 to {n} can be resident, got {machine.resident}")
+    chosen = choose(checkpoint, latent_shape, tokens, machine, limit)
+    if not 0 <= (machine.resident or 0) <= chosen.blocks[1]:
+        raise ValueError(f"of the denoiser's blocks 0 to {chosen.blocks[1]} can be resident, got {machine.resident}")
     if limit is not None and chosen.peak > limit:
         remedies = {"leave out --resident": replace(machine, resident=None), "add --vae-dtype float16": replace(machine, vae_dtype=torch.float16)}
         if not chosen.fp8:
@@ -179,7 +191,8 @@ def choose(checkpoint, latent_shape, tokens, machine, limit):
     in_fp8 = machine.quantize or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
     vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * machine.vae_dtype.itemsize
     _, rows, columns = checkpoint.configs["vae"].stride
-    video = 4 * (4 * T + 73) * 3 * H * rows * W * columns + vae + HOST_OVERHEAD              # a clip and its history wait on the host
+    frame = 3 * H * rows * W * columns
+    video = 4 * frame * (3 * 4 * T + 73) + vae + HOST_OVERHEAD       # two clips of float32 frames, and one of them joined to its history
     weights, _, n = weigh_expert(None)
     if limit is None:
         machine = replace(machine, resident=None)
@@ -200,6 +213,9 @@ def choose(checkpoint, latent_shape, tokens, machine, limit):
     text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
     text_peak, text_pinned, _ = text(text_resident)
     host = max(text_pinned, pinned + 2 * layer_bytes(cfg, chosen) * chosen.host_layers) + video
+    if tiles > 1:                                                    # all pieces of a decoding wait on the host: pixels, and what they are made from
+        wide = checkpoint.configs["vae"].dec_dim * checkpoint.configs["vae"].dim_mult[-1]
+        host += ((4 * T + 73) * frame + (T + 19) * H * W * wide) * machine.vae_dtype.itemsize
     chosen, blocks = replace(chosen, text_resident=text_resident, tiles=tiles), (n if resident is None else resident, n)
     return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(host), int(text_peak + TEXT_ACTIVATIONS), int(weights + vae + decode),
                blocks, in_fp8)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
 
+from machine import pick_device
+
 
 class Stage(NamedTuple):
     """What is trained, and how well it does."""
@@ -34,17 +36,10 @@ def world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def pick_device(name):
-    """cpu, cuda:1, cuda (of several, the one torchrun means for this process), auto (cuda or cpu).  raises ValueError if it is not there"""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda, cuda:1 or auto, got {name}") from None
+def start(name):
+    """The device of this process, of several the one that torchrun means for it; processes find each other.  Arguments as machine.pick_device"""
+    device = pick_device(name, os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"wanted {device}, but there are {torch.cuda.device_count()} CUDA devices: give another --device, such as cpu")
         torch.cuda.set_device(device)
     if world()[1] > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -26,7 +26,7 @@ import fp8
 from checkpoints import open_checkpoint
 from convert_weights import change_denoisers
 from fake_checkpoint import RECIPE, TINY, ensure_tiny
-from machine import Machine, synchronize
+from machine import Machine, pick_device, synchronize
 from video import check_output
 from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
 from wan_video import WanVideoPipeline
@@ -85,8 +85,8 @@ def parser():
                    "TI2V-5B 121, tiny 33)")
     g.add_argument("--clips", type=int, help="clips to make, at most (default: as many as the audio needs)")
     g.add_argument("--clip-frames", type=int, help=f"frames made at once, a multiple of 4, at most {MAX_CLIP_FRAMES} (default: 80)")
-    g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off; weights/tiny then speaks 3 frames late: "
-                   "add --av-offset 3)")
+    g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off; weights/tiny then "
+                   "speaks 3 frames late: add --av-offset 3)")
     g.add_argument("--av-offset", type=int, default=0, metavar="FRAMES",
                    help="play the sound this many frames later, or earlier if negative: -3 undoes the official lead of the mouth over the "
                         "sound, 187.5 ms (default: 0, as official)")
@@ -154,15 +154,6 @@ def open_folder(ckpt):
     elif checkpoint.note:
         print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")
     return checkpoint
-
-
-def pick_device(name):
-    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device"""
-    there = torch.cuda.device_count()
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", "cuda" if name == "auto" and there else "cpu" if name == "auto" else name)
-    if not found or (name != "cpu" and name != "auto" and int(found[1] or 0) >= there):
-        raise ValueError(f"--device wants cpu, cuda or cuda:NUMBER, got {name}; PyTorch {torch.__version__} sees {there} CUDA GPUs here")
-    return torch.device(found[0])
 
 
 def machine_of(args):

@@ -93,6 +93,12 @@ def float8_file(tensors, layout):
     return out
 
 
+def test_float8_is_multiplied_out_in_pieces():
+    weight, scale = torch.randn(10, 6).to(fp8.E4M3), torch.rand(10)
+    entry = checkpoints.Entry(None, (10, 6), fp8.E4M3, lambda: weight, checkpoints.Entry(None, (10,), torch.float32, lambda: scale))
+    assert torch.equal(checkpoints.multiplied(entry, rows=3), (weight.float() * scale[:, None]).bfloat16())
+
+
 @pytest.mark.parametrize("prefix, layout", [("model.diffusion_model.", "comfy"), ("diffusion_model.", "comfy-old"), ("", "kijai"),
                                             ("", "lightx2v"), ("model.diffusion_model.", "unscaled")])
 def test_float8_files(official, tmp_path, prefix, layout):

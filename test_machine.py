@@ -122,14 +122,14 @@ def test_what_cannot_fit_is_refused_with_what_would(released):
                                  (dataclasses.replace(EIGHT, resident=40), 7.2, "leave out --resident")):
         with pytest.raises(ValueError, match=f"are there: {remedy}$"):
             fit(released, SHAPE, TOKENS, machine, gib * GIB)
-    with pytest.raises(ValueError, match="0 to 40 can be resident, got 41"):
+    with pytest.raises(ValueError, match="blocks 0 to 40 can be resident, got 41"):
         fit(released, SHAPE, TOKENS, dataclasses.replace(EIGHT, resident=41), 141 * GIB)
 
 
 def test_host_memory_is_planned(released, monkeypatch):
-    """All blocks streamed: what is pinned, text keys, a clip with its history, and PyTorch. Refused where there is less in the whole machine."""
+    """All blocks streamed: what is pinned, text keys, clips with their history, and PyTorch. An H200 machine had 22.0 GiB in use. Refused where there is less in the whole machine."""
     chosen = fit(released, SHAPE, TOKENS, EIGHT, 7.2 * GIB)
-    assert chosen.streamed + 3.5 * GIB < chosen.host < chosen.streamed + 5.5 * GIB
+    assert chosen.streamed + 6.5 * GIB < chosen.host < 23.5 * GIB
     assert f"host {chosen.host / GIB:.1f} of" in str(chosen)
     monkeypatch.setattr("machine.host_memory", lambda: (8 * GIB, 16 * GIB))
     assert "expect swapping" in str(chosen)

@@ -220,7 +220,7 @@ def test_bad_input(tmp_path, capsys):
     assert evaluate.main(["--videos", "0"]) == 2
     assert evaluate.main(["--device", "bogus"]) == 2 and evaluate.main(["--device", "cuda:99"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 6 and all(line.startswith(("error: wanted", "error: file not found", "error: --device wants")) for line in lines), lines
+    assert len(lines) == 6 and all(line.startswith(("error: wanted", "error: file not found", "error: device must")) for line in lines), lines
 
 
 def test_evaluate_on_random_numbers(tmp_path, capsys):

@@ -4,6 +4,7 @@
 """
 import dataclasses
 import json
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -230,7 +231,8 @@ def test_damaged_checkpoint(tmp_path, capsys, tiny):
     refused(tmp_path, capsys, run, "config.json", "dimm")
 
 
-@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("out of memory"), KeyboardInterrupt()], ids=["memory", "ctrl-c"])
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("out of memory"), KeyboardInterrupt(), ValueError("a frame holds NaN"),
+                                     RuntimeError("CUDA error: unknown\nand more")], ids=["memory", "ctrl-c", "frames", "cuda"])
 def test_finished_clips_are_kept(tmp_path, monkeypatch, capsys, failure):
     make_clips = wan_s2v.make_clips
 
@@ -242,7 +244,23 @@ def test_finished_clips_are_kept(tmp_path, monkeypatch, capsys, failure):
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 2)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
     assert probe(tmp_path / "out.partial.mp4").frames == 13
-    assert "out.partial.mp4" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "out.partial.mp4" in err and "and more" not in err
+
+
+@pytest.mark.parametrize("option, message", [(["--device", "gpu"], "device must be cpu, cuda"), (["--vram", "0"], "--vram wants the size of a card")])
+def test_machine_options_are_checked(tmp_path, capsys, option, message):
+    assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), *QUICK, *option]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_no_fp8_multiplies_out(tmp_path, capsys):
+    """The tiny checkpoint's float8 matrices as bfloat16: the same numbers on a CPU, so the same video, from larger weights."""
+    for name, option in (("a", []), ("b", ["--no-fp8"])):
+        assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / f"{name}.mp4"), "--duration", "1", *QUICK, *option]) == 0
+    sizes = [float(size) for size in re.findall(r"denoiser_high ([\d.]+) MiB", capsys.readouterr().out)]
+    assert len(sizes) == 2 and sizes[1] > 1.3 * sizes[0], sizes
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 def test_options_are_checked_without_files():

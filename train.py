@@ -44,7 +44,7 @@ import lora
 import speech
 from audio import RATE, AudioConfig, AudioEncoder, align_to_fps, audio_features, load_audio, resample_50_to_30
 from model import Config, Denoiser, attention_backend, compile_blocks
-from optimise import Stage, generator, load_state, pick_device, train, world
+from optimise import Stage, generator, load_state, start, train, world
 from pictures import fit_frame, fit_picture, load_image, s2v_size
 from text import TextConfig, TextEncoder, Tokenizer, encode_prompt
 from vae import VAE, CausalConv, Downsample, ResBlock, Upsample, VAEConfig, new_past
@@ -622,7 +622,7 @@ def parse(argv):
 def main(argv=None):
     try:
         o = parse(argv)
-        device = pick_device(o.device)
+        device = start(o.device)
         torch.manual_seed(o.seed)                                    # of the initial weights
         if o.stage == "export":
             export(o)
