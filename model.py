@@ -272,7 +272,8 @@ class AudioInjection(Attention):
         """x (B, t*h*w, C) float32 of t latent frames, with their keys and values (2, B, t, M, K, D), shift and scale (2, B, t, 1, C) -> x"""
         shift, scale = adain.flatten(1, 2)
         frames = x.unflatten(1, (audio.shape[2], -1)).flatten(0, 1)  # (B*t, h*w, C)
-        y = attention(self.query(modulate(layer_norm(frames, ADAIN_EPS), shift, scale)), *audio.flatten(1, 2))
+        q = self.query(modulate(layer_norm(frames, ADAIN_EPS), shift, scale)).to(audio.dtype)      # a float8 layer has a dtype of its own
+        y = attention(q, *audio.flatten(1, 2))
         return x + self.o(y).view_as(x)
 
 
