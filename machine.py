@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import fp8
 import offload
 from attention8 import attention8
-from model import Denoiser, attention, attention_backend
+from model import ROWS, Denoiser, attention_backend, self_attention
 from vae import peak_bytes
 
 GIB = 2 ** 30
@@ -119,8 +119,8 @@ def weigh(part, machine):
 def activation_bytes(cfg, tokens, machine):
     """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
     C, F, span, two = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens), machine.dtype.itemsize
-    attend = (7 if machine.attention8 else 4 * two) * C * tokens
-    project = (6 * two if machine.compiled else 8 * two + 7) * C * span + (3 * two * C * tokens if span < tokens else 0)
+    attend = (7 if machine.attention8 else 4 * two) * C * tokens + (0 if machine.attention8 else 2 * C * min(ROWS, tokens))
+    project = (6 * two if machine.compiled else 8 * two + 7) * C * span + 3 * two * C * tokens
     hidden = (3 if machine.compiled else 11) if machine.quantize else 2 * two                # bytes per token and channel of the FFN
     finish = ((3 if machine.compiled else 6) * two * C + hidden * F) * span + two * C * tokens
     keys = 0 if machine.host_layers else 2 * layer_bytes(cfg, machine)
@@ -241,7 +241,7 @@ def rates(cfg, machine, tokens, repeats=3):
     device, dtype, C = machine.device, machine.dtype, cfg.dim
     x, w, q, k, v = (torch.randn(size, device=device, dtype=dtype) for size in (
         (min(tokens, 32768), C), (cfg.ffn_dim, C), *[(1, tokens, cfg.n_head, C // cfg.n_head)] * 3))
-    attend = attention8 if machine.attention8 else attention
+    attend = attention8 if machine.attention8 else self_attention
 
     def product():
         return F.linear(x, w)

@@ -15,6 +15,7 @@ Axes    B batch   T latent frames   P pixel frames   H W latent size   h w patch
 Numbers linear layers follow the dtype of their weights; residual stream, norms, modulation, time and audio encoder are float32.
 Source  Wan-Video/Wan2.2@42bf4cf wan/modules/model.py, wan/modules/s2v/{model_s2v,motioner,audio_utils,auxi_blocks}.py
 """
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -36,6 +37,7 @@ MOTION_BUCKETS = (           # FramePack: motion latents from near to far are su
     ("far", 16, (4, 8, 8)),
 )
 MOTION_LATENTS = sum(frames for _, frames, _ in MOTION_BUCKETS)  # 19 = latents of 73 pixel frames
+KEYS, LONG, ROWS = 128, 4096, 8192                               # see `self_attention`: keys in a block, fewest keys for it, queries at once
 ADAIN_EPS = 1e-5             # every other norm has 1e-6 (official audio_utils.py, diffusers' AdaLayerNorm default)
 
 
@@ -113,6 +115,35 @@ def attention(q, k, v):
     return y.transpose(1, 2).flatten(2)
 
 
+def self_attention(q, k, v):
+    """`attention` of a sequence to itself. cuDNN's kernel for Hopper works on KEYS keys at a time and takes 8% longer if some are left over (H200),
+    so those are attended to apart."""
+    whole = k.shape[1] // KEYS * KEYS
+    if torch.is_grad_enabled() or not LONG <= whole < k.shape[1] or not hopper_attention(q):
+        return attention(q, k, v)
+    return attention_in_two(q, k, v, whole, lambda *qkv: torch.ops.aten._scaled_dot_product_cudnn_attention(*qkv, None, True)[:2])
+
+
+def hopper_attention(q):
+    """Would cuDNN compute attention of q (B, N, K, D), on a GPU whose kernel is known?"""
+    q = q.transpose(1, 2)
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and \
+        torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
+
+
+def attention_in_two(q, k, v, n, attend):
+    """`attention` to the first n keys and to the others, joined with the weights that one softmax over all would give them.
+
+    attend  q (B, K, N, D), k v (B, K, M, D) -> attention (B, K, N, D), logarithm of the sum of its exponentials (B, K, N, 1) float32
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y, sums = attend(q, k[:, :, :n], v[:, :, :n])
+    for rows in (slice(a, a + ROWS) for a in range(0, q.shape[2], ROWS)):
+        rest, rest_sums = attend(q[:, :, rows], k[:, :, n:], v[:, :, n:])
+        y[:, :, rows].lerp_(rest, torch.sigmoid(rest_sums - sums[:, :, rows]).to(y.dtype))
+    return y.transpose(1, 2).flatten(2)
+
+
 def attention_backend(device):
     """On a GPU cuDNN's attention first, 1.6 times as fast as flash attention on Hopper; the others where it cannot serve."""
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -121,9 +152,9 @@ def attention_backend(device):
 
 def rotate(x, rope):
     """Rotate channel pairs (2i, 2i+1) by the token's angles.  x (B, n, K, D), rope (2, n, 1, D/2) -> float32"""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)               # (B, n, K, D/2) each
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    cos, sin = rope.unsqueeze(-1)
+    x = x.float().unflatten(-1, (-1, 2))                             # (B, n, K, D/2, 2)
+    return (x * cos + x.flip(-1) * torch.cat([-sin, sin], dim=-1)).flatten(-2)               # compiles to one pass over x
 
 
 def join(parts):
@@ -131,21 +162,10 @@ def join(parts):
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def collect(spans, function, out=None):
-    """The results of function(*span) put together along the tokens.
-
-    function returns a tuple of (B, n, ...). Without gradients each is written into its place at once, in new tensors or in those of `out`,
-    so that never more than one span's worth of extra memory is needed.
-    """
-    if torch.is_grad_enabled() or (out is None and len(spans) == 1):
-        return [join(parts) for parts in zip(*(function(*span) for span in spans))]
-    for span in spans:
-        parts = function(*span)
-        out = out or [part.new_empty(part.shape[0], spans[-1].stop, *part.shape[2:]) for part in parts]
-        for whole, part in zip(out, parts):
-            whole[:, span.start:span.stop] = part
-        del parts, part                                              # before the next span's are made
-    return out
+def written(parts, places):
+    """The parts; without gradients copied into their places, so that one span's worth of extra memory is enough. Compiled, q, k and what is
+    added to x go there at once."""
+    return parts if torch.is_grad_enabled() else tuple(place.copy_(part) for part, place in zip(parts, places))
 
 
 def timestep_embedding(t, dim):
@@ -228,6 +248,16 @@ class FloatLinear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
+class GELU(nn.Module):
+    """The tanh approximation of GELU. Compiled it is written with a sigmoid, equal but for rounding: tanh is slow there."""
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        x = x.float()
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the full width, before the split into heads; float32."""
 
@@ -274,11 +304,12 @@ class AudioInjection(Attention):
         frames = x.unflatten(1, (audio.shape[2], -1)).flatten(0, 1)  # (B*t, h*w, C)
         q = self.query(modulate(layer_norm(frames, ADAIN_EPS), shift, scale)).to(audio.dtype)      # a float8 layer has a dtype of its own
         y = attention(q, *audio.flatten(1, 2))
-        return x + self.o(y).view_as(x)
+        x, = written((x + self.o(y).view_as(x),), (x,))
+        return x
 
 
 class Block(nn.Module):
-    attend = staticmethod(attention)                                 # self-attention; may write over its arguments. See use_attention8
+    attend = staticmethod(self_attention)                            # may write over its arguments. See use_attention8
 
     def __init__(self, cfg, audio):
         super().__init__()
@@ -286,7 +317,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
         self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
         self.cross_norm = nn.LayerNorm(cfg.dim, eps=cfg.eps)
-        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), Linear(cfg.ffn_dim, cfg.dim))
+        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), GELU(), Linear(cfg.ffn_dim, cfg.dim))
         self.inject = AudioInjection(cfg) if audio else None
 
     def prepare(self, text, audio_local=None, audio_global=None):
@@ -297,20 +328,21 @@ class Block(nn.Module):
         adain = torch.stack(self.inject.adain(F.silu(audio_global)).float().chunk(2, dim=-1))
         return LayerCond(self.cross_attn.keys_values(text), audio, adain)
 
-    def qkv(self, x, mod, rope):
+    def qkv(self, x, mod, rope, places):
         """Rotated queries, keys and values of one span.  x (B, n, C), mod (B, 6, 1, C), rope (2, n, 1, D/2) -> three (B, n, K, D)"""
         attn, shift, scale = self.self_attn, mod[:, 0], mod[:, 1]
         x = modulate(layer_norm(x, self.eps), shift, scale)
         v = attn.split(attn.v(x))
         q, k = (rotate(attn.split(norm(proj(x))), rope).to(v.dtype) for norm, proj in ((attn.norm_q, attn.q), (attn.norm_k, attn.k)))
-        return q, k, v
+        return written((q, k, v), places)
 
     def mix(self, x, y, mod, text):
         """The rest of the block for one span.  x (B, n, C) float32, y (B, n, C) self-attention output, text (2, B, S, K, D) -> x"""
-        gate, ffn_shift, ffn_scale, ffn_gate = mod[:, 2:].unbind(1)
+        place, (gate, ffn_shift, ffn_scale, ffn_gate) = x, mod[:, 2:].unbind(1)
         x = x + self.self_attn.o(y).float() * gate
         x = x + self.cross_attn.o(attention(self.cross_attn.query(layer_norm(x, self.eps, *self.affine())), *text))
-        return x + self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)).float() * ffn_gate
+        x, = written((x + self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)).float() * ffn_gate,), (place,))
+        return x
 
     def affine(self):
         return self.cross_norm.weight.float(), self.cross_norm.bias.float()
@@ -321,19 +353,25 @@ class Block(nn.Module):
         Without gradients the result takes the place of x in memory.
         """
         mod = (self.modulation.float() + mod).unsqueeze(3)           # (B, R, 6, 1, C)
-        q, k, v = collect(spans, lambda a, b, r: self.qkv(x[:, a:b], mod[:, r], rope[:, a:b]))
-        y = self.attend(q, k, v)                                     # (B, N, C)
-        del q, k, v
-        x, = collect(spans, lambda a, b, r: (self.mix(x[:, a:b], y[:, a:b], mod[:, r], cond.text),), out=[x])
+        y = self.look(x, mod, rope, cond.text.dtype, spans)
+        parts = [self.mix(x[:, a:b], y[:, a:b], mod[:, r], cond.text) for a, b, r in spans]
+        x = join(parts) if torch.is_grad_enabled() else x
         return x if self.inject is None else self.hear(x, cond, spans, grid)
+
+    def look(self, x, mod, rope, dtype, spans):
+        """Self-attention of all tokens.  Arguments as `forward`, mod (B, R, 6, 1, C) -> (B, N, C)"""
+        places = () if torch.is_grad_enabled() else [self.self_attn.split(torch.empty_like(x, dtype=dtype)) for _ in range(3)]
+        parts = [self.qkv(x[:, a:b], mod[:, r], rope[:, a:b], [place[:, a:b] for place in places]) for a, b, r in spans]
+        return self.attend(*(places or map(join, zip(*parts))))
 
     def hear(self, x, cond, spans, grid):
         """Audio attention on the video tokens, as many latent frames at a time as the longest span holds."""
         (T, h, w), hw = grid, grid[1] * grid[2]
         step = max(1, (spans[0].stop - spans[0].start) // hw)
-        frames = [Span(f * hw, min(f + step, T) * hw, f) for f in range(0, T, step)]
-        video, = collect(frames, lambda a, b, f: (self.inject(x[:, a:b], cond.audio[:, :, f:f + step], cond.adain[:, :, f:f + step]),), out=[x])
-        return join([video, x[:, T * hw:]]) if torch.is_grad_enabled() else video
+        video = [self.inject(x[:, f * hw:min(f + step, T) * hw], cond.audio[:, :, f:f + step], cond.adain[:, :, f:f + step])
+                 for f in range(0, T, step)]
+        return join([*video, x[:, T * hw:]]) if torch.is_grad_enabled() else x
+
 
 class AudioEncoder(nn.Module):
     """wav2vec2 states, one column per video frame -> per latent frame a few local audio tokens and one global token; causal, float32."""

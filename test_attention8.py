@@ -1,4 +1,4 @@
-"""8-bit attention: what its rounding costs, on a CPU and on the GPU.
+"""Self-attention in two parts, which is exact, and in 8 bits: what its rounding costs, on a CPU and on the GPU.
 
     python -m pytest -q -s test_attention8.py
 
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import attention8 as module
+import model
 from attention8 import attention8
 from fp8 import multiplies_fp8
-from model import Config, Denoiser, attention, use_attention8
+from model import Config, Denoiser, attention, attention_backend, attention_in_two, self_attention, use_attention8
 
 D = 128
 gpu = pytest.mark.skipif(not (torch.cuda.is_available() and module.triton and multiplies_fp8(torch.device("cuda"))),
@@ -45,6 +46,36 @@ def exact(q, k, v, rows=slice(None)):
     q, k, v = (x.double().transpose(1, 2) for x in (q[:, rows], k, v))
     heads = [F.scaled_dot_product_attention(q[:, i], k[:, i], v[:, i]) for i in range(q.shape[1])]
     return torch.cat(heads, dim=-1)
+
+
+@pytest.mark.parametrize("n", (1, 128, 299))
+@pytest.mark.parametrize("case", CASES)
+def test_in_two(case, n, monkeypatch):
+    """Keys attended to apart count as they would in one softmax; the queries come in several rounds."""
+    monkeypatch.setattr(model, "ROWS", 64)
+    (q, k, v), _ = inputs(case, (2, 300, 2, D), dtype=torch.float32)
+
+    def part(q, k, v):                                               # (B, K, N, D)
+        y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return y, sums[..., None]
+    e = error(attention_in_two(q, k, v, n, part), exact(q, k, v))
+    print(f"\n{case}, {n} keys and {300 - n}: {e:.1e} (tolerance 3e-6, float32)")
+    assert e < 3e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tokens", (8192 + 2, 8192 + 127))
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_in_two(case, tokens):
+    """As cuDNN computes it whole; the last keys carry most of the weight, so that they cannot be left out unnoticed."""
+    (q, k, v), _ = inputs(case, (1, tokens, 4, D), "cuda")
+    k[:, 8192:] = k[:, 8192:] + q.mean(1, keepdim=True) * 2
+    q = (q + k[:, 8192:].mean(1, keepdim=True)).contiguous()
+    want = exact(q, k, v)
+    with torch.no_grad(), attention_backend(q.device):
+        whole, two, alone = (error(y, want) for y in (attention(q, k, v), self_attention(q, k, v), attention(q, k[:, :8192], v[:, :8192])))
+    print(f"\n{case}, {tokens} tokens: {two:.2%} in two parts, {whole:.2%} whole, {alone:.0%} without the last keys")
+    assert two < 1.3 * whole and alone > 20 * two
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,4 +181,4 @@ def test_only_self_attention_of_every_block_changes():
     e = error(net(latents, t, cond), before)
     print(f"\nvelocity: {e:.4f}")
     assert 1e-6 < e < 0.03
-    assert all(block.attend is attention8 for block in net.blocks) and Denoiser(cfg).blocks[0].attend is attention
+    assert all(block.attend is attention8 for block in net.blocks) and Denoiser(cfg).blocks[0].attend is self_attention

@@ -408,7 +408,7 @@ def test_compiled_once_per_layout():
     with torch.no_grad():
         for _ in range(2):
             got = net.velocities(latents, t, conds)
-    assert all(torch.equal(a, b) for a, b in zip(got, want)) and len(graphs) == 2
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, want)) and len(graphs) == 2          # GELU is written otherwise there
 
 
 def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
