@@ -84,15 +84,18 @@ class Options:
     save: int = option(1000, "steps between saved states and loss curves; a run goes on from the last one by itself", 1)
     stop: int = option(0, "end this run early, after this many steps; the same command without it goes on (0: at --steps)", 0)
     device: str = option("auto", "cpu, cuda, cuda:1 (auto: a GPU if there is one)")
+    # vae
+    latent_noise: float = option(0.5, "most noise on the latents that the decoder sees, in deviations of each channel", 0, 10)
+    own: float = option(0.4, "half of the long videos are its own decodings of latents with up to this much noise, as motion frames are", 0, 10)
     # dit
     expert: str = option("both", "both: all noise levels; high or low: this side of the boundary, starting from `both`")
-    boundary: float = option(0.875, "sigma from which the high-noise expert serves", 0, 1)
+    boundary: float = option(0.65, "sigma from which the high-noise expert serves", 0, 1)
     shift: float = option(3.0, "of the noise levels, as in sampling", 0.01, 100)
     drop: float = option(0.1, "share of clips whose sound and caption are taken away, for guidance", 0, 1)
     motion_noise: float = option(0.15, "most noise on the motion latents: the sampler's own are not perfect either", 0, 1)
-    pool: int = option(2048, "clips kept ready", 1)
+    pool: int = option(768, "clips kept ready", 1)
     fresh: int = option(16, "clips that are replaced at once", 1)
-    every: int = option(30, "steps between two replacements", 1)
+    every: int = option(12, "steps between two replacements", 1)
     compile: bool = option(False, "torch.compile the denoiser's blocks")
     # export
     to: str = option("", "new checkpoint folder of export (weights/tiny); LoRA file, or new folder, of tune (tuned)")
@@ -111,8 +114,8 @@ class Options:
 
 DEFAULTS = {                 # of the options above whose default is 0 or nothing
     "audio": dict(steps=3000, batch=32, lr=1e-3),
-    "vae": dict(steps=5000, batch=8, lr=8e-4),
-    "dit": dict(steps=8000, batch=64, lr=1e-3),
+    "vae": dict(steps=4900, batch=10, lr=1e-3),
+    "dit": dict(steps=5400, batch=64, lr=1.2e-3),
     "export": dict(to="weights/tiny"),
     "tune": dict(steps=200, batch=2, lr=1e-4, to="tuned"),
 }
@@ -244,6 +247,8 @@ def scenes(n, frames, g, device, sound, size=faces.SIZE):
 
 
 def vae_stage(o, device):
+    """Latents with noise teach the decoder to draw whole faces from latents that are a little wrong, as a denoiser's are; wrong in the same way
+    in all frames, for half of the videos. Its own decodings are to come back as they are: they are the next clip's motion frames."""
     vae = initialise_vae(VAE(TINY_VAE)).to(device)
     sound = speech.load_folder(o.speech, device)
 
@@ -252,16 +257,27 @@ def vae_stage(o, device):
         n, g = max(1, round(o.batch * share)), generator(device, o.seed, step, world()[0])
         x, weight = scenes(n, frames, g, device, sound, size)
         st, sh, sw = vae.stride
-        return None, x, weight, torch.randn(n, TINY_VAE.z_dim, (frames - 1) // st + 1, size // sh, size // sw, generator=g, device=device)
+        noise = torch.randn(n, TINY_VAE.z_dim, (frames - 1) // st + 1, size // sh, size // sw, generator=g, device=device)
+        still, amount = torch.rand(2, n, 1, 1, 1, 1, generator=g, device=device)
+        return frames > 17, x, weight, torch.where(still < 0.5, noise[:, :, :1], noise), amount
 
-    def loss(_, x, weight, noise):
+    def coded(x, noise, amount):
+        """-> decoding of noisy latents, mean and log variance of the latents"""
+        mean, log_var = run_in_time(vae.encoder, x).float().chunk(2, dim=1)
+        log_var, scale = log_var.clamp(-20, 10), mean.std(dim=(0, 2, 3, 4), keepdim=True)            # not detached: larger latents gain nothing
+        return run_in_time(vae.decoder, mean + ((0.5 * log_var).exp() + amount * scale) * noise).float(), mean, log_var
+
+    def loss(long, x, weight, noise, amount):
         with mixed(device):
-            mean, log_var = run_in_time(vae.encoder, x).float().chunk(2, dim=1)
-            log_var = log_var.clamp(-20, 10)
-            d = run_in_time(vae.decoder, mean + (0.5 * log_var).exp() * noise).float() - x
-        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
+            n = len(x) // 2
+            if long and o.own and n:
+                with torch.no_grad():
+                    own, _, _ = coded(x[:n], noise[n:2 * n], o.own * amount[n:2 * n])
+                x = torch.cat([own.clamp(-1, 1), x[n:]])
+            y, mean, log_var = coded(x, noise, o.latent_noise * amount)
+        d, kl = y - x, 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
         return (weight * (d.abs() + d.square())).mean() / weight.mean() + 1e-4 * kl
-    return Stage(nn.ModuleDict({"vae": vae}), batch, loss, partial(latent_moments, o, device, sound))
+    return Stage(nn.ModuleDict({"vae": vae}), batch, loss, partial(latent_moments, o, device, sound), options="latent_noise own")
 
 
 @torch.no_grad()
@@ -326,6 +342,8 @@ def drawn_clips(nets, sound, tokens, later, n, g, device):
     picture, video = faces.reference(who, g)[:, :, None], faces.draw(shown, motion, mouth)
     weight = faces.importance(shown, motion, mouth)[:, :, -CLIP:]
     weight = F.avg_pool3d(weight, (4, 8, 8))
+    if later:
+        weight[:, :, 0] *= 3                                         # here a clip joins the one before
     latents = nets["vae"].encode(video if later else torch.cat([picture, video], dim=2), chunk=CLIP)
     past = latents[:, :, :-CLIP // 4] if later else None
     return Clips(latents[:, :, -CLIP // 4:], nets["vae"].encode(picture), past, audio[..., -CLIP:], weight, tokens(captions))
