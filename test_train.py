@@ -319,7 +319,7 @@ def test_state_of_other_options_is_refused(speech, tmp_path, capsys):
 
 
 def test_options_of_the_denoisers_are_in_the_state(runs, speech, capsys):
-    for flag, new in (("--boundary", 0.5), ("--shift", 5.0), ("--drop", 0.5), ("--motion-noise", 0.5), ("--join", 1.0), ("--pool", 4), ("--fresh", 2),
+    for flag, new in (("--boundary", 0.5), ("--shift", 5.0), ("--drop", 0.5), ("--motion-noise", 0.5), ("--pool", 4), ("--fresh", 2),
                       ("--every", 9)):
         assert train.main([*arguments("dit_low", speech, runs), flag, str(new)]) == 2
         err = capsys.readouterr().err

@@ -93,7 +93,6 @@ class Options:
     shift: float = option(3.0, "of the noise levels, as in sampling", 0.01, 100)
     drop: float = option(0.1, "share of clips whose sound and caption are taken away, for guidance", 0, 1)
     motion_noise: float = option(0.15, "most noise on the motion latents: the sampler's own are not perfect either", 0, 1)
-    join: float = option(3.0, "weight of the first latent frame of later clips, where they join the one before", 0)
     pool: int = option(768, "clips kept ready", 1)
     fresh: int = option(16, "clips that are replaced at once", 1)
     every: int = option(12, "steps between two replacements", 1)
@@ -328,9 +327,8 @@ def features(encoder, wav, columns):
 
 
 @torch.no_grad()
-def drawn_clips(nets, sound, tokens, later, n, g, device, join=1.0):
-    """n new clips of drawn, talking faces.  tokens  function captions -> (n, S)        later  clips with a past, or first ones
-    join  weight of their first latent frame"""
+def drawn_clips(nets, sound, tokens, later, n, g, device):
+    """n new clips of drawn, talking faces.  tokens  function captions -> (n, S)        later  clips with a past, or first ones"""
     frames = CLIP + PAST if later else CLIP
     wav = speech.augment(speech.crops(sound, n, (frames + 1) / FPS, g), g)
     short = torch.rand(n, generator=g, device=device) < 0.15
@@ -345,7 +343,7 @@ def drawn_clips(nets, sound, tokens, later, n, g, device, join=1.0):
     weight = faces.importance(shown, motion, mouth)[:, :, -CLIP:]
     weight = F.avg_pool3d(weight, (4, 8, 8))
     if later:
-        weight[:, :, 0] *= join
+        weight[:, :, 0] *= 3                                         # here a clip joins the one before
     latents = nets["vae"].encode(video if later else torch.cat([picture, video], dim=2), chunk=CLIP)
     past = latents[:, :, :-CLIP // 4] if later else None
     return Clips(latents[:, :, -CLIP // 4:], nets["vae"].encode(picture), past, audio[..., -CLIP:], weight, tokens(captions))
@@ -436,8 +434,7 @@ def dit_stage(o, device):
     tokens = partial(token_ids, tokenizer, length=DENOISER.text_len, device=device)
 
     def make(number):
-        clips = drawn_clips(nets, sound, tokens, number % 2 == 1, o.fresh, generator(device, o.seed, number, world()[0], 1), device,
-                            o.join)
+        clips = drawn_clips(nets, sound, tokens, number % 2 == 1, o.fresh, generator(device, o.seed, number, world()[0], 1), device)
         if not all(x.isfinite().all() for x in clips if x is not None):
             raise ValueError(f"a clip of group {number} holds NaN or infinity: are the earlier stages trained?")
         return clips
@@ -453,7 +450,7 @@ def dit_stage(o, device):
         with mixed(device):
             return flow_loss(net, clips, encode_ids(encoder, clips.ids), sigma, eps)
     return Stage(nn.ModuleDict({"denoiser": net, "text": encoder}), batch, loss,
-                 options="shift drop motion_noise join pool fresh every" + " boundary" * (o.expert != "both"))
+                 options="shift drop motion_noise pool fresh every" + " boundary" * (o.expert != "both"))
 
 
 def initialise_denoiser(net):
