@@ -32,7 +32,7 @@ from video import VideoWriter
 
 STAGES = {"audio": ["audio"], "vae": ["vae"], "dit_both": ["dit"]} | {f"dit_{e}": ["dit", "--expert", e] for e in ("high", "low")}
 STEPS = {"audio": 16, "vae": 12}                 # of the others 8
-QUICK = dict(CLIP=16, PAST=9, PHASES=((0.5, 1, 32, 2), (0.5, 5, 32, 1)),
+QUICK = dict(CLIP=16, PAST=9, LONG=5, PHASES=((0.5, 1, 32, 2), (0.5, 5, 32, 1)),
              AUDIO=AudioConfig(dim=16, ffn_dim=16, n_head=2, n_layer=1, conv_dim=(8,) * 7, pos_kernel=4, pos_groups=2),
              TEXT=TextConfig(vocab=1024, dim=16, dim_attn=16, ffn=16, n_head=2, n_layer=1),
              TINY_VAE=VAEConfig(dim=4, dec_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1),
@@ -273,6 +273,25 @@ def test_training_lowers_the_loss(stage, runs, speech):
     assert (runs / f"{stage}.png").is_file() and len((runs / f"{stage}.txt").read_text().splitlines()) == o.steps + 1
 
 
+def test_noise_and_own_decodings_enter_the_loss(speech, runs):
+    """Only long videos are replaced, the first half of them, by decodings of noisy latents: what the decoder then sees no longer is the drawing."""
+    losses = {}
+    for noise, own in ((0, 0), (0.5, 0), (0, 0.4), (0, 1e-6)):
+        o = train.parse([*arguments("vae", speech, runs), "--latent-noise", str(noise), "--own", str(own)])
+        torch.manual_seed(0)
+        made = train.vae_stage(o, torch.device("cpu"))
+        made.nets["vae"].load_state_dict(state(runs / "vae.weights.pt")["vae"])
+        for step in (0, o.steps - 1):
+            with torch.no_grad():
+                losses[noise, own, step > 0] = made.loss(*made.batch(step)).item()
+    print({key: round(value, 4) for key, value in losses.items()})
+    for long in (False, True):
+        assert losses[0.5, 0, long] != losses[0, 0, long]
+        assert (losses[0, 1e-6, long] == losses[0, 0, long]) is not long
+    assert losses[0, 1e-6, True] < losses[0, 0, True]                # it gives its own decodings back better than drawings
+    assert losses[0, 0.4, True] != losses[0, 1e-6, True]
+
+
 @pytest.mark.parametrize("stage", ["audio", "vae", "dit_both"])
 def test_resume_is_exact(stage, runs, speech, tmp_path):
     for name in ("audio.weights.pt", "vae.weights.pt"):
@@ -316,6 +335,12 @@ def test_state_of_other_options_is_refused(speech, tmp_path, capsys):
                                            "remove it, or give another --out\n")
     assert (tmp_path / "audio.pt").read_bytes() == before
     assert train.main([*argv, "--pool", "4", "--drop", "0.5", "--stop", "5"]) == 0           # which are not of this stage
+
+
+def test_options_of_the_vae_are_in_the_state(runs, speech, capsys):
+    for flag in ("--latent-noise", "--own"):
+        assert train.main([*arguments("vae", speech, runs), flag, "0.1"]) == 2
+        assert f"vae.pt was trained with {flag} " in capsys.readouterr().err
 
 
 def test_options_of_the_denoisers_are_in_the_state(runs, speech, capsys):

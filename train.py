@@ -186,6 +186,8 @@ PHASES = (                   # share of the steps, frames, pixels of the crop, v
     (0.25, 49, 128, 0.5),
 )
 
+LONG = 49                    # frames from which on half of the videos are the VAE's own decodings
+
 
 def phase(step, o):
     done = 0.0
@@ -259,7 +261,7 @@ def vae_stage(o, device):
         st, sh, sw = vae.stride
         noise = torch.randn(n, TINY_VAE.z_dim, (frames - 1) // st + 1, size // sh, size // sw, generator=g, device=device)
         still, amount = torch.rand(2, n, 1, 1, 1, 1, generator=g, device=device)
-        return frames > 17, x, weight, torch.where(still < 0.5, noise[:, :, :1], noise), amount
+        return frames >= LONG, x, weight, torch.where(still < 0.5, noise[:, :, :1], noise), amount
 
     def coded(x, noise, amount):
         """-> decoding of noisy latents, mean and log variance of the latents"""
