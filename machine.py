@@ -119,10 +119,10 @@ def weigh(part, machine):
 def activation_bytes(cfg, tokens, machine):
     """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
     C, F, span, two = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens), machine.dtype.itemsize
-    attend = (7 if machine.attention8 else 4 * two) * C * tokens + (0 if machine.attention8 else 2 * C * min(ROWS, tokens))
+    attend = 7 * C * tokens if machine.attention8 else two * C * (4 * tokens + min(ROWS, tokens))
     project = (6 * two if machine.compiled else 8 * two + 7) * C * span + 3 * two * C * tokens
     hidden = (3 if machine.compiled else 11) if machine.quantize else 2 * two                # bytes per token and channel of the FFN
-    finish = ((3 if machine.compiled else 6) * two * C + hidden * F) * span + two * C * tokens
+    finish = (3 * two * C + hidden * F) * span + two * C * tokens
     keys = 0 if machine.host_layers else 2 * layer_bytes(cfg, machine)
     conditions = 2 * tokens * (4 * C // cfg.n_head + two * C // 8)   # RoPE; reference and motion: an eighth of the tokens
     return (2 if machine.one_loop else 1) * 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD

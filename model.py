@@ -162,10 +162,9 @@ def join(parts):
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def written(parts, places):
-    """The parts; without gradients copied into their places, so that one span's worth of extra memory is enough. Compiled, q, k and what is
-    added to x go there at once."""
-    return parts if torch.is_grad_enabled() else tuple(place.copy_(part) for part, place in zip(parts, places))
+def add(x, y):
+    """x + y; without gradients in the place of x, so that a span of tokens leaves nothing behind. Compiled functions write there once."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 def timestep_embedding(t, dim):
@@ -304,8 +303,7 @@ class AudioInjection(Attention):
         frames = x.unflatten(1, (audio.shape[2], -1)).flatten(0, 1)  # (B*t, h*w, C)
         q = self.query(modulate(layer_norm(frames, ADAIN_EPS), shift, scale)).to(audio.dtype)      # a float8 layer has a dtype of its own
         y = attention(q, *audio.flatten(1, 2))
-        x, = written((x + self.o(y).view_as(x),), (x,))
-        return x
+        return add(x, self.o(y).view_as(x))
 
 
 class Block(nn.Module):
@@ -329,20 +327,22 @@ class Block(nn.Module):
         return LayerCond(self.cross_attn.keys_values(text), audio, adain)
 
     def qkv(self, x, mod, rope, places):
-        """Rotated queries, keys and values of one span.  x (B, n, C), mod (B, 6, 1, C), rope (2, n, 1, D/2) -> three (B, n, K, D)"""
+        """Rotated queries, keys and values of one span; without gradients in their `places`.
+
+        x (B, n, C), mod (B, 6, 1, C), rope (2, n, 1, D/2) -> three (B, n, K, D)
+        """
         attn, shift, scale = self.self_attn, mod[:, 0], mod[:, 1]
         x = modulate(layer_norm(x, self.eps), shift, scale)
         v = attn.split(attn.v(x))
         q, k = (rotate(attn.split(norm(proj(x))), rope).to(v.dtype) for norm, proj in ((attn.norm_q, attn.q), (attn.norm_k, attn.k)))
-        return written((q, k, v), places)
+        return (q, k, v) if torch.is_grad_enabled() else [place.copy_(part) for place, part in zip(places, (q, k, v))]
 
     def mix(self, x, y, mod, text):
         """The rest of the block for one span.  x (B, n, C) float32, y (B, n, C) self-attention output, text (2, B, S, K, D) -> x"""
-        place, (gate, ffn_shift, ffn_scale, ffn_gate) = x, mod[:, 2:].unbind(1)
-        x = x + self.self_attn.o(y).float() * gate
-        x = x + self.cross_attn.o(attention(self.cross_attn.query(layer_norm(x, self.eps, *self.affine())), *text))
-        x, = written((x + self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)).float() * ffn_gate,), (place,))
-        return x
+        gate, ffn_shift, ffn_scale, ffn_gate = mod[:, 2:].unbind(1)
+        x = add(x, self.self_attn.o(y).float() * gate)
+        x = add(x, self.cross_attn.o(attention(self.cross_attn.query(layer_norm(x, self.eps, *self.affine())), *text)))
+        return add(x, self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)).float() * ffn_gate)
 
     def affine(self):
         return self.cross_norm.weight.float(), self.cross_norm.bias.float()

@@ -188,6 +188,9 @@ def test_lips_sound_and_latents_of_drawn_clips(later, drawn, monkeypatch):
     assert len(mouth) == 1 and torch.equal(mouth[0], faces.articulation(heard[0], (torch.arange(frames) - 3) / 16))
     assert mouth[0][..., 0].std(dim=1).max() > 0.1                   # mouths that move
     assert not any(faces.is_held_out(who).any() for who, _, _ in drawn)
+    flat = faces.importance(*drawn[-1])[:1, :, -train.CLIP:].unflatten(2, (-1, 4)).mean((0, 1, 3, 4, 5))
+    share = clips.weight[:1].mean((0, 1, 3, 4)) / flat               # the frame where a later clip joins the one before weighs more
+    torch.testing.assert_close(share, torch.tensor([3.0 if later else 1.0] + [1.0] * (train.CLIP // 4 - 1)))
     start = train.PAST if later else 0
     assert clips.latents.shape[2] == train.CLIP // 4
     assert clips.latents[0].flatten().tolist() == list(range(start + 3, start + train.CLIP, 4))
