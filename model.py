@@ -151,10 +151,16 @@ def attention_backend(device):
 
 
 def rotate(x, rope):
-    """Rotate channel pairs (2i, 2i+1) by the token's angles.  x (B, n, K, D), rope (2, n, 1, D/2) -> float32"""
-    cos, sin = rope.unsqueeze(-1)
+    """Rotate channel pairs (2i, 2i+1) by the token's angles.  x (B, n, K, D), rope (2, n, 1, D/2) -> float32
+
+    Two ways to the same bits: compiled, the first is one pass over x; eagerly it would make a forward on a CPU 5% slower.
+    """
     x = x.float().unflatten(-1, (-1, 2))                             # (B, n, K, D/2, 2)
-    return (x * cos + x.flip(-1) * torch.cat([-sin, sin], dim=-1)).flatten(-2)               # compiles to one pass over x
+    if torch.compiler.is_compiling():
+        cos, sin = rope.unsqueeze(-1)
+        return (x * cos + x.flip(-1) * torch.cat([-sin, sin], dim=-1)).flatten(-2)
+    (a, b), (cos, sin) = x.unbind(-1), rope
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def join(parts):

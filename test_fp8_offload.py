@@ -22,7 +22,7 @@ import fp8
 import offload
 from checkpoints import Entry, open_safetensors
 from fp8 import E4M3, FP8Linear, dequantize, is_cast, layer_error, quantize, quantize_weight, quantized, relative_error, report, to_fp8, uses_fp8
-from model import GELU, Config, Denoiser, compile_blocks, fast, layer_norm, modulate
+from model import GELU, Config, Denoiser, compile_blocks, fast, layer_norm, modulate, rotate
 from offload import HostLayers, Streamed, footprint, resident_blocks, split, stream
 from safetensors.torch import save_file
 from text import TextConfig, TextEncoder
@@ -417,6 +417,11 @@ def test_gelu_as_it_is_compiled():
     gap = (compiled - F.gelu(x, approximate="tanh")).abs().max().item()
     print(f"\ncompiled GELU: largest difference {gap:.1e} (tolerance 2e-6: a rounding or two of numbers up to 8)")
     assert 0 < gap < 2e-6                                            # 0: the other formula was not used
+
+
+def test_rope_as_it_is_compiled():
+    x, rope = torch.randn(2, 50, 3, 16), torch.randn(2, 50, 1, 8)
+    assert torch.equal(torch.compile(rotate, backend="eager", fullgraph=True)(x, rope), rotate(x, rope))
 
 
 def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
