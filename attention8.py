@@ -26,13 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from fp8 import E4M3, MAX, TINY, cast, multiplies_fp8
+from kernels import jit, triton
 
-try:
-    import triton
+if triton:
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:                                                  # comes with torch for NVIDIA GPUs
-    triton = None
 
 LOG2_E = 1.4426950408889634
 QUERIES = 64                                                         # of one program: three programs share a processor of Hopper
@@ -41,11 +39,6 @@ STAGES = 2                                                           # blocks in
 
 
 # --------------------------------------------------------------------------------------------------------------------- the kernels
-
-def jit(function):
-    """Compiled once for all N, at the first call."""
-    return triton.jit(function, do_not_specialize=["N"]) if triton else function
-
 
 @jit
 def quantize_rows(x_ptr, mean_ptr, y_ptr, scale_ptr, factor, N, C, D: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr):

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kernels
+
 PATCH = (1, 2, 2)            # latent frames, rows and columns in one video token
 ROPE_THETA = 10000.0
 REF_TIME = 30                # RoPE time of the reference picture. A clip of 30 latent frames (120 frames) uses 0..29, so longer clips collide
@@ -37,7 +39,7 @@ MOTION_BUCKETS = (           # FramePack: motion latents from near to far are su
     ("far", 16, (4, 8, 8)),
 )
 MOTION_LATENTS = sum(frames for _, frames, _ in MOTION_BUCKETS)  # 19 = latents of 73 pixel frames
-KEYS, LONG, ROWS = 128, 4096, 8192                               # see `self_attention`: keys in a block, fewest keys for it, queries at once
+KEYS, LONG = 128, 4096                                           # see `self_attention`: keys in a block, fewest keys for it
 ADAIN_EPS = 1e-5             # every other norm has 1e-6 (official audio_utils.py, diffusers' AdaLayerNorm default)
 
 
@@ -117,31 +119,20 @@ def attention(q, k, v):
 
 def self_attention(q, k, v):
     """`attention` of a sequence to itself. cuDNN's kernel for Hopper works on KEYS keys at a time and takes 8% longer if some are left over (H200),
-    so those are attended to apart."""
+    so those are attended to afterwards."""
     whole = k.shape[1] // KEYS * KEYS
     if torch.is_grad_enabled() or not LONG <= whole < k.shape[1] or not hopper_attention(q):
         return attention(q, k, v)
-    return attention_in_two(q, k, v, whole, lambda *qkv: torch.ops.aten._scaled_dot_product_cudnn_attention(*qkv, None, True)[:2])
+    first = (x.transpose(1, 2) for x in (q, k[:, :whole], v[:, :whole]))
+    y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(*first, None, True)[:2]
+    return kernels.attend_last(q, k, v, y.transpose(1, 2), sums, whole).flatten(2)
 
 
 def hopper_attention(q):
     """Would cuDNN compute attention of q (B, N, K, D), on a GPU whose kernel is known?"""
     q = q.transpose(1, 2)
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and \
+    return q.is_cuda and kernels.triton is not None and torch.cuda.get_device_capability(q.device)[0] == 9 and \
         torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
-
-
-def attention_in_two(q, k, v, n, attend):
-    """`attention` to the first n keys and to the others, joined with the weights that one softmax over all would give them.
-
-    attend  q (B, K, N, D), k v (B, K, M, D) -> attention (B, K, N, D), logarithm of the sum of its exponentials (B, K, N, 1) float32
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y, sums = attend(q, k[:, :, :n], v[:, :, :n])
-    for rows in (slice(a, a + ROWS) for a in range(0, q.shape[2], ROWS)):
-        rest, rest_sums = attend(q[:, :, rows], k[:, :, n:], v[:, :, n:])
-        y[:, :, rows].lerp_(rest, torch.sigmoid(rest_sums - sums[:, :, rows]).to(y.dtype))
-    return y.transpose(1, 2).flatten(2)
 
 
 def attention_backend(device):
@@ -259,8 +250,8 @@ class GELU(nn.Module):
     def forward(self, x):
         if not torch.compiler.is_compiling():
             return F.gelu(x, approximate="tanh")
-        x = x.float()
-        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+        y = x.float()
+        return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -567,6 +558,6 @@ def compile_blocks(net):
 
 def use_attention8(net):
     """Self-attention in 8 bits: faster and smaller, and off by a few percent. For inference alone."""
-    from attention8 import attention8                                # here: nothing else in this file needs Triton
+    from attention8 import attention8                                # here: it needs fp8.py, which nothing else in this file does
     for block in all_blocks(net):
         block.attend = attention8

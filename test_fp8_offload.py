@@ -495,6 +495,26 @@ def test_gpu_matmul(monkeypatch):
               f"dequantised {relative_error(plain, want):.2%}")
 
 
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_quantize_rows(dtype):
+    """One trip through memory gives what `quantize` gives, but for quotients that a rounding sends over the middle of two e4m3 numbers."""
+    if not (fp8.kernels.triton and fp8.multiplies_fp8(torch.device("cuda"))):
+        pytest.skip("needs Triton and compute capability 8.9")
+    for n, C in ((1, 96), (1000, 5120), (33, 13824)):
+        x = torch.randn(n, 2 * C, device="cuda").mul(torch.logspace(-4, 4, n, device="cuda")[:, None]).to(dtype)[:, ::2]
+        x[n // 2] = 0
+        (q, scale), (want, want_scale) = fp8.kernels.quantize_rows(x), quantize(x)
+        assert q.shape == want.shape and q.dtype == E4M3 and scale.shape == want_scale.shape and scale.dtype == torch.float32
+        assert torch.allclose(scale, want_scale, rtol=1e-6, atol=0) and (q[n // 2].float() == 0).all()
+        other = (q.float() != want.float()).double().mean().item()
+        print(f"\n{dtype}, ({n}, {C}): {other:.4%} of the values differ, by {relative_error(q.float(), want.float()):.1e} of all")
+        assert other < 1e-3 and relative_error(q.float(), want.float()) < 1e-3
+    x[0, 3], x[1, 5] = math.nan, math.inf
+    y = dequantize(*fp8.kernels.quantize_rows(x))
+    assert y[:2].isnan().any(1).all() and y[2:].isfinite().all()     # a fault stays visible
+
+
 BIG = Config(dim=1024, ffn_dim=2816, n_head=8, n_layer=9, text_dim=256, text_len=32, freq_dim=64, audio_dim=64, audio_states=3,
              audio_layers=(0, 2, 5))
 
