@@ -18,7 +18,7 @@ except ImportError:                                                  # comes wit
 
 def jit(function):
     """Compiled once for all numbers of tokens, at the first call."""
-    return triton.jit(function, do_not_specialize=["N", "first"]) if triton else function
+    return triton.jit(function, do_not_specialize=["n", "N", "first"]) if triton else function
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows to float8
@@ -50,30 +50,31 @@ def _(x):
 # ------------------------------------------------------------------------------------------------------ the last keys of attention
 
 @jit
-def attend_more(q_ptr, k_ptr, v_ptr, y_ptr, sum_ptr, scale, N, first, C, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """ROWS queries of one head: y holds attention to the keys before `first`, and then to all N. q, k, v, y (N, C) bf16"""
+def attend_more(q_ptr, k_ptr, v_ptr, y_ptr, sum_ptr, scale, n, N, first, C, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """ROWS queries of one head: attention y (n, C) to the keys before `first` -> to all N keys, in the place of q (n, C). k, v (N, C)"""
     token, head, key = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), first + tl.arange(0, KEYS)
     column = head * D + tl.arange(0, D)[None, :]
-    place, inside = token[:, None].to(tl.int64) * C + column, token[:, None] < N
+    place, inside = token[:, None].to(tl.int64) * C + column, token[:, None] < n
     there, known = key[:, None].to(tl.int64) * C + column, key[:, None] < N
     q, y = tl.load(q_ptr + place, mask=inside, other=0), tl.load(y_ptr + place, mask=inside, other=0)
     k, v = tl.load(k_ptr + there, mask=known, other=0), tl.load(v_ptr + there, mask=known, other=0)
     score = tl.where(key[None, :] < N, tl.dot(q, tl.trans(k)) * scale, float("-inf"))                # (ROWS, KEYS)
-    before = tl.load(sum_ptr + head * N + token, mask=token < N, other=0)
+    before = tl.load(sum_ptr + head * n + token, mask=token < n, other=0)
     top = tl.maximum(before, tl.max(score, 1))
     p, old = tl.exp(score - top[:, None]), tl.exp(before - top)
     y = (y * old[:, None] + tl.dot(p.to(v.dtype), v)) / (old + tl.sum(p, 1))[:, None]
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.debug_barrier()                                               # all threads have read q before the first writes there
+    tl.store(q_ptr + place, y.to(q_ptr.dtype.element_ty), mask=inside)
 
 
 def attend_last(q, k, v, y, sums, first):
     """Attention to the keys before `first` becomes attention to all keys, with the weights that one softmax over all would give them.
 
-    q, k, v  (B, N, K, D) bf16, N - first at most 128        y  (B, N, K, D) bf16, contiguous, changed in place and returned
-    sums     (B, K, N, 1) float32, logarithms of the sums of exponentials of the scores that y was made from
+    q     (B, n, K, D) bf16, each item contiguous, overwritten by the result        k, v  (B, N, K, D) bf16, N - first at most 128
+    y     (B, n, K, D) bf16, attention to the keys before `first`
+    sums  (B, K, n, 1) float32, logarithms of the sums of exponentials of the scores that y was made from
     """
-    (B, N, K, D), keys = q.shape, max(16, triton.next_power_of_2(q.shape[1] - first))
+    (_, n, K, D), N = q.shape, k.shape[1]
     with torch.cuda.device(q.device):
-        for item in zip(*(x.contiguous() for x in (q, k, v)), y, sums.contiguous()):
-            attend_more[triton.cdiv(N, 64), K](*item, D ** -0.5, N, first, K * D, D, 64, keys)
-    return y
+        for item in zip(q, *(x.contiguous() for x in (k, v, y, sums))):
+            attend_more[triton.cdiv(n, 64), K](*item, D ** -0.5, n, N, first, K * D, D, 64, max(16, triton.next_power_of_2(N - first)))

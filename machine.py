@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import fp8
 import offload
 from attention8 import attention8
-from model import Denoiser, attention_backend, self_attention
+from model import QUERIES, Denoiser, attention_backend, self_attention
 from vae import peak_bytes
 
 GIB = 2 ** 30
@@ -119,7 +119,7 @@ def weigh(part, machine):
 def activation_bytes(cfg, tokens, machine):
     """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
     C, F, span, two = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens), machine.dtype.itemsize
-    attend = 7 * C * tokens if machine.attention8 else 4 * two * C * tokens
+    attend = 7 * C * tokens if machine.attention8 else two * C * (3 * tokens + min(QUERIES, tokens))
     project = (6 * two if machine.compiled else 8 * two + 7) * C * span + 3 * two * C * tokens
     hidden = (3 if machine.compiled else 11) if machine.quantize else 2 * two                # bytes per token and channel of the FFN
     finish = (3 * two * C + hidden * F) * span + two * C * tokens
@@ -168,11 +168,10 @@ def fit(checkpoint, latent_shape, tokens, machine, limit):
     if not 0 <= (machine.resident or 0) <= chosen.blocks[1]:
         raise ValueError(f"of the denoiser's blocks 0 to {chosen.blocks[1]} can be resident, got {machine.resident}")
     if limit is not None and chosen.peak > limit:
-        remedies = {"leave out --resident": replace(machine, resident=None), "add --vae-dtype float16": replace(machine, vae_dtype=torch.float16)}
+        remedies = {"leave out --resident": replace(machine, resident=None), "leave out --attention8": replace(machine, attention8=False),
+                    "add --vae-dtype float16": replace(machine, vae_dtype=torch.float16)}
         if not chosen.fp8:
             remedies["add --fp8"] = replace(machine, quantize=True)
-        remedies["add --attention8"] = replace(machine, attention8=True)
-        remedies["add --fp8 --attention8"] = replace(machine, quantize=True, attention8=True)
         helps = [remedy for remedy, other in remedies.items()
                  if other != machine and choose(checkpoint, latent_shape, tokens, other, limit).peak <= limit]
         raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: "

@@ -39,7 +39,7 @@ MOTION_BUCKETS = (           # FramePack: motion latents from near to far are su
     ("far", 16, (4, 8, 8)),
 )
 MOTION_LATENTS = sum(frames for _, frames, _ in MOTION_BUCKETS)  # 19 = latents of 73 pixel frames
-KEYS, LONG = 128, 4096                                           # see `self_attention`: keys in a block, fewest keys for it
+QUERIES, KEYS, LONG = 66 * 256, 128, 4096                        # see `self_attention`: queries at once, keys in a block, fewest to be split
 ADAIN_EPS = 1e-5             # every other norm has 1e-6 (official audio_utils.py, diffusers' AdaLayerNorm default)
 
 
@@ -118,14 +118,23 @@ def attention(q, k, v):
 
 
 def self_attention(q, k, v):
-    """`attention` of a sequence to itself. cuDNN's kernel for Hopper works on KEYS keys at a time and takes 8% longer if some are left over (H200),
-    so those are attended to afterwards."""
-    whole = k.shape[1] // KEYS * KEYS
-    if torch.is_grad_enabled() or not LONG <= whole < k.shape[1] or not hopper_attention(q):
+    """`attention` of a sequence to itself, some queries after the others; without gradients the results take their places, to save memory.
+
+    cuDNN's kernel for Hopper works on KEYS keys at a time and takes 8% longer if some are left over (H200): those are attended to afterwards. With
+    40 heads QUERIES fill an H200's 132 processors 20 times, in its tiles of 256.
+    """
+    if torch.is_grad_enabled():
         return attention(q, k, v)
-    first = (x.transpose(1, 2) for x in (q, k[:, :whole], v[:, :whole]))
-    y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(*first, None, True)[:2]
-    return kernels.attend_last(q, k, v, y.transpose(1, 2), sums, whole).flatten(2)
+    n = k.shape[1]
+    whole = n // KEYS * KEYS if n >= LONG and hopper_attention(q) else n
+    for rows in q.split(QUERIES, dim=1):
+        if whole == n:
+            rows.copy_(attention(rows, k, v).view_as(rows))
+        else:
+            y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                *(x.transpose(1, 2) for x in (rows, k[:, :whole], v[:, :whole])), None, True)[:2]
+            kernels.attend_last(rows, k, v, y.transpose(1, 2), sums, whole)
+    return q.flatten(2)
 
 
 def hopper_attention(q):
@@ -557,7 +566,7 @@ def compile_blocks(net):
 
 
 def use_attention8(net):
-    """Self-attention in 8 bits: faster and smaller, and off by a few percent. For inference alone."""
+    """Self-attention in 8 bits: faster, and off by a few percent. For inference alone."""
     from attention8 import attention8                                # here: it needs fp8.py, which nothing else in this file does
     for block in all_blocks(net):
         block.attend = attention8

@@ -108,7 +108,7 @@ def parser():
                    help="cast the large matrices to float8 while loading, or with --no-fp8 back to bfloat16 (default: as the checkpoint has them)")
     g.add_argument("--resident", type=int, metavar="N", help="blocks that stay on the GPU, the others are streamed (default: as many as fit)")
     g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
-                   help="self-attention in 8 bits: faster and smaller on GPUs with 8-bit tensor cores, off by 3.5%% of each attention output on "
+                   help="self-attention in 8 bits: faster on GPUs with 8-bit tensor cores, off by 3.5%% of each attention output on "
                         "random inputs (default: off)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, from 5 steps on)")
     return p

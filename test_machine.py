@@ -64,7 +64,7 @@ def test_activation_bytes_are_those_of_live_tensors(monkeypatch, quantize, eight
         return q.flatten(2) if kept.shape else None
     monkeypatch.setattr(fp8.FP8Linear, "forward", linear)
     monkeypatch.setattr(model, "attention", lambda q, k, v: torch.empty_like(q).flatten(2))
-    monkeypatch.setattr(model.Block, "attend", staticmethod(attend if eight_bit else model.attention))
+    monkeypatch.setattr(model.Block, "attend", staticmethod(attend if eight_bit else model.self_attention))
     cfg = dataclasses.replace(model.Config(), n_layer=2, audio_layers=(0,))
     with torch.device("meta"):
         net = model.Denoiser(cfg).requires_grad_(False)
@@ -104,7 +104,7 @@ def test_tokens():
 
 @pytest.mark.parametrize("gb, machine, shape, resident", [
     (141, BF16, SHAPE, (40, 40)), (48, FP8, SHAPE, (40, 40)), (24, FP8, SHAPE, (30, 40)), (16, FP8, SHAPE, (10, 25)), (10, FP8, SHAPE, (0, 5)),
-    (8, FP8, (20, 60, 104), (0, 10)), (8, EIGHT, SHAPE, (0, 2)), (24, BF16, (20, 60, 104), (10, 30))])
+    (8, FP8, (20, 60, 104), (0, 10)), (8, FP8, SHAPE, (0, 2)), (8, EIGHT, SHAPE, (0, 2)), (24, BF16, (20, 60, 104), (10, 30))])
 def test_choice_for_a_card(released, gb, machine, shape, resident):
     limit = gb * USABLE * GIB
     chosen = fit(released, shape, token_counts(shape)[1], machine, limit)
@@ -118,8 +118,8 @@ def test_choice_for_a_card(released, gb, machine, shape, resident):
 def test_what_cannot_fit_is_refused_with_what_would(released):
     """The option named is one that was tried."""
     smaller = "choose a smaller --size or fewer frames"
-    for machine, gib, remedy in ((FP8, 7.2, "add --attention8"), (EIGHT, 5, smaller), (BF16, 2, smaller), (BF16, 7.2, "add --fp8 --attention8"),
-                                 (dataclasses.replace(EIGHT, resident=40), 7.2, "leave out --resident")):
+    for machine, gib, remedy in ((FP8, 6, smaller), (EIGHT, 5, smaller), (BF16, 2, smaller), (BF16, 7.2, "add --fp8"),
+                                 (dataclasses.replace(FP8, resident=40), 7.2, "leave out --resident")):
         with pytest.raises(ValueError, match=f"are there: {remedy}$"):
             fit(released, SHAPE, TOKENS, machine, gib * GIB)
     with pytest.raises(ValueError, match="blocks 0 to 40 can be resident, got 41"):
