@@ -107,6 +107,17 @@ def multiplies_fp8(device):
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@torch.library.custom_op("wan::quantize_tokens", mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)")
+def quantize_tokens(x):
+    """`quantize` of x (n, C) in one trip through memory, where that works; for torch.compile an operation like any other."""
+    return kernels.quantize_rows(x) if kernels.works(x.device) else quantize(x.contiguous())
+
+
+@quantize_tokens.register_fake
+def _(x):
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
 class FP8Linear(nn.Module):
     """A linear layer with float8 weights. Without 8-bit tensor cores the weight is multiplied out and the activations stay as they are."""
 
@@ -124,7 +135,7 @@ class FP8Linear(nn.Module):
         if not multiplies_fp8(x.device) or n_in % ALIGN or n_out % ALIGN:
             return F.linear(x.to(dtype), dequantize(self.weight, self.weight_scale).to(dtype), bias)
         fuses = x.dtype == torch.float32 and torch.compiler.is_compiling()       # with the norm that x comes from
-        tokens, scale = (quantize if fuses or kernels.triton is None else kernels.quantize_rows)(x.reshape(-1, n_in))    # (n, in), (n, 1)
+        tokens, scale = (quantize if fuses else quantize_tokens)(x.reshape(-1, n_in))                # (n, in), (n, 1)
         y = torch._scaled_mm(tokens.contiguous(), self.weight.t(), scale, self.weight_scale.t(), bias, out_dtype=dtype,
                              use_fast_accum=FAST_ACCUM)              # (n, out)
         return y.view(*x.shape[:-1], n_out)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import fp8
 import offload
 from attention8 import attention8
-from model import QUERIES, Denoiser, attention_backend, self_attention
+from model import Denoiser, attention_backend, self_attention
 from vae import peak_bytes
 
 GIB = 2 ** 30
@@ -119,7 +119,7 @@ def weigh(part, machine):
 def activation_bytes(cfg, tokens, machine):
     """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
     C, F, span, two = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens), machine.dtype.itemsize
-    attend = 7 * C * tokens if machine.attention8 else two * C * (3 * tokens + min(QUERIES, tokens))
+    attend = 7 * C * tokens if machine.attention8 else 0             # exact attention writes in place, QUERIES at a time: less than `project`
     project = (6 * two if machine.compiled else 8 * two + 7) * C * span + 3 * two * C * tokens
     hidden = (3 if machine.compiled else 11) if machine.quantize else 2 * two                # bytes per token and channel of the FFN
     finish = (3 * two * C + hidden * F) * span + two * C * tokens

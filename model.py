@@ -118,29 +118,34 @@ def attention(q, k, v):
 
 
 def self_attention(q, k, v):
-    """`attention` of a sequence to itself, some queries after the others; without gradients the results take their places, to save memory.
+    """`attention` of a sequence to itself. Without gradients the results take the places of q, QUERIES at a time, which saves memory.
 
-    cuDNN's kernel for Hopper works on KEYS keys at a time and takes 8% longer if some are left over (H200): those are attended to afterwards. With
-    40 heads QUERIES fill an H200's 132 processors 20 times, in its tiles of 256.
+    cuDNN's kernel for Hopper works on 256 queries and KEYS keys at a time. Keys left over make it 8% slower (H200): they are attended to
+    afterwards. The tiles of 40 heads and QUERIES fill the 132 processors of an H200 20 times, without a rest.
     """
     if torch.is_grad_enabled():
         return attention(q, k, v)
     n = k.shape[1]
     whole = n // KEYS * KEYS if n >= LONG and hopper_attention(q) else n
     for rows in q.split(QUERIES, dim=1):
-        if whole == n:
-            rows.copy_(attention(rows, k, v).view_as(rows))
-        else:
-            y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(
-                *(x.transpose(1, 2) for x in (rows, k[:, :whole], v[:, :whole])), None, True)[:2]
-            kernels.attend_last(rows, k, v, y.transpose(1, 2), sums, whole)
+        attend_in_place(rows, k, v, whole)
     return q.flatten(2)
+
+
+def attend_in_place(q, k, v, whole):
+    """`attention`, in the place of q; the first `whole` keys by cuDNN, and the others, if there are, after them."""
+    if whole == k.shape[1]:
+        q.copy_(attention(q, k, v).view_as(q))
+    else:
+        first = (x.transpose(1, 2) for x in (q, k[:, :whole], v[:, :whole]))
+        y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(*first, None, True)[:2]
+        kernels.attend_last(q, k, v, y.transpose(1, 2), sums, whole)
 
 
 def hopper_attention(q):
     """Would cuDNN compute attention of q (B, N, K, D), on a GPU whose kernel is known?"""
     q = q.transpose(1, 2)
-    return q.is_cuda and kernels.triton is not None and torch.cuda.get_device_capability(q.device)[0] == 9 and \
+    return q.is_cuda and kernels.works(q.device) and torch.cuda.get_device_capability(q.device)[0] == 9 and \
         torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
 
 
