@@ -3,7 +3,7 @@
     python bench.py                                                    S2V-14B, one denoiser forward at 832x480
     python bench.py --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
     python bench.py --size 1280x704 --fp8 --compile --attention8       the fastest way
-    python bench.py --size 1280x704 --fp8 --compile --attention8 --vram 8      as on a card of 8 GB
+    python bench.py --size 1280x704 --fp8 --compile --vram 8           as on a card of 8 GB
     python bench.py --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
     python bench.py --against REPO --size 832x480                      the official forward in the same process, same shapes
     python bench.py --against REPO --preset tiny                       the same on a CPU, float32
