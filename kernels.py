@@ -30,7 +30,7 @@ def works(device):
     if triton is None or device.type != "cuda":
         return False
     try:
-        quantize_rows(torch.ones(1, 16, device=device))
+        quantize_rows(torch.ones(1, 128, device=device))
     except Exception as error:                                       # of many kinds
         reason = next(iter(str(error).strip().splitlines()), "")[:200]
         print(f"Triton {triton.__version__} does not work here ({type(error).__name__}: {reason}): some steps are slower", file=sys.stderr)
