@@ -145,7 +145,7 @@ def attend_in_place(q, k, v, whole):
 def hopper_attention(q):
     """Would cuDNN compute attention of q (B, N, K, D), on a GPU whose kernel is known?"""
     q = q.transpose(1, 2)
-    return q.is_cuda and kernels.works(q.device) and torch.cuda.get_device_capability(q.device)[0] == 9 and \
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and kernels.works(q.device) and \
         torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
 
 
