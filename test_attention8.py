@@ -1,4 +1,4 @@
-"""Self-attention in parts, which is exact, and in 8 bits: what its rounding costs, on a CPU and on the GPU.
+"""Self-attention in 8 bits: what its rounding costs, on a CPU and on the GPU.
 
     python -m pytest -q -s test_attention8.py
 
@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import attention8 as module
-import kernels
-import model
 from attention8 import attention8
 from fp8 import multiplies_fp8
-from model import Config, Denoiser, attention, attention_backend, self_attention, use_attention8
+from model import Config, Denoiser, self_attention, use_attention8
 
 D = 128
 gpu = pytest.mark.skipif(not (torch.cuda.is_available() and module.triton and multiplies_fp8(torch.device("cuda"))),
@@ -47,52 +45,6 @@ def exact(q, k, v, rows=slice(None)):
     q, k, v = (x.double().transpose(1, 2) for x in (q[:, rows], k, v))
     heads = [F.scaled_dot_product_attention(q[:, i], k[:, i], v[:, i]) for i in range(q.shape[1])]
     return torch.cat(heads, dim=-1)
-
-
-def test_some_queries_after_the_others(monkeypatch):
-    """The results take the places of the queries, unless gradients are wanted."""
-    monkeypatch.setattr(model, "QUERIES", 64)
-    (q, k, v), _ = inputs("normal", (2, 299, 2, D), dtype=torch.float32)
-    want = attention(q, k, v)
-    kept = self_attention(q, k, v)
-    with torch.no_grad():
-        y = self_attention(q, k, v)
-    assert torch.equal(kept, want) and error(y, want) < 1e-6 and y.data_ptr() == q.data_ptr() and y.shape == want.shape
-
-
-hopper = pytest.mark.skipif(not (torch.cuda.is_available() and kernels.triton and torch.cuda.get_device_capability()[0] == 9),
-                            reason="needs Triton and a Hopper GPU")
-
-
-@hopper
-@pytest.mark.parametrize("last", (2, 96, 127))
-@pytest.mark.parametrize("case", ("normal", "peaky"))
-def test_gpu_last_keys(case, last, monkeypatch):
-    """Nearly as close to float64 as cuDNN's kernel alone, also where the last keys carry most of the weight; in three rounds."""
-    monkeypatch.setattr(model, "QUERIES", 3000)
-    (q, k, v), _ = inputs(case, (2, 8192 + last, 4, D), "cuda")
-    k[:, 8192:] = k[:, 8192:] + q.mean(1, keepdim=True) * 2
-    q = (q + k[:, 8192:].mean(1, keepdim=True)).contiguous()
-    want = exact(q, k, v)
-    with torch.no_grad(), attention_backend(q.device):
-        whole, two, alone = (error(y, want) for y in (attention(q, k, v), self_attention(q.clone(), k, v), attention(q, k[:, :8192], v[:, :8192])))
-    print(f"\n{case}, 8192 keys and {last}: {two:.2%} in two parts, {whole:.2%} whole, {alone:.0%} without the last keys")
-    assert two < 1.5 * whole and alone > 20 * two                    # bf16 rounds twice: seen are 1.0 to 1.33
-
-
-@hopper
-def test_gpu_exact_memory():
-    """New memory is for QUERIES results and the sums of their exponentials."""
-    q, k, v = (torch.randn(1, 79200, 40, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    with torch.no_grad(), attention_backend(q.device):
-        for _ in range(2):
-            torch.cuda.reset_peak_memory_stats()
-            start = torch.cuda.memory_allocated()
-            self_attention(q, k, v)
-            torch.cuda.synchronize()
-            more = (torch.cuda.max_memory_allocated() - start) / (model.QUERIES * 40 * D)
-    print(f"\n{more:.3f} bytes per number of {model.QUERIES} results")
-    assert more < 2.2                                                # 2 for bf16, 4 / 128 for a sum
 
 
 @pytest.mark.parametrize("case", CASES)

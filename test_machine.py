@@ -118,7 +118,7 @@ def test_choice_for_a_card(released, gb, machine, shape, resident):
 def test_what_cannot_fit_is_refused_with_what_would(released):
     """The option named is one that was tried."""
     smaller = "choose a smaller --size or fewer frames"
-    for machine, gib, remedy in ((FP8, 6, smaller), (EIGHT, 5, smaller), (BF16, 2, smaller), (BF16, 7.2, "add --fp8"),
+    for machine, gib, remedy in ((FP8, 6, smaller), (dataclasses.replace(EIGHT, compiled=True), 6.95, "leave out --attention8"), (EIGHT, 5, smaller), (BF16, 2, smaller), (BF16, 7.2, "add --fp8"),
                                  (dataclasses.replace(FP8, resident=40), 7.2, "leave out --resident")):
         with pytest.raises(ValueError, match=f"are there: {remedy}$"):
             fit(released, SHAPE, TOKENS, machine, gib * GIB)
