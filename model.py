@@ -461,8 +461,9 @@ class Denoiser(nn.Module):
         return torch.float32 if "norm" in name or name.endswith("modulation") else dtype
 
     def tokens(self, conv, x):
-        """(B, channels, T, H, W) -> (B, T*h*w, C)"""
-        return conv(x.to(conv.weight.dtype)).flatten(2).transpose(1, 2)
+        """(B, channels, T, H, W) -> (B, T*h*w, C), contiguous: fused attention wants unit stride along the channels, and every later
+        tensor of tokens takes its strides from here"""
+        return conv(x.to(conv.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
 
     def motion_tokens(self, latents):
         """Past latents from old to new (B, 16, any T, H, W) -> tokens from near to far (B, M, C)"""
