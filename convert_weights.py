@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import fp8
-import lora
-import names
-from checkpoints import DTYPE_NAMES, Entry, open_checkpoint, open_tensors, stored_as
-from machine import private_memory
+from fast import fp8
+from formats import lora
+from formats import names
+from formats.checkpoints import DTYPE_NAMES, Entry, open_checkpoint, open_tensors, stored_as
+from fast.plan import private_memory
 
 # ---------------------------------------------------------------------------------------------------- what is done to the tensors
 

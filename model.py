@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
+from fast import kernels
 
 PATCH = (1, 2, 2)            # latent frames, rows and columns in one video token
 ROPE_THETA = 10000.0
@@ -573,6 +573,6 @@ def compile_blocks(net):
 
 def use_attention8(net):
     """Self-attention in 8 bits: faster, and off by a few percent. For inference alone."""
-    from attention8 import attention8                                # here: it needs fp8.py, which nothing else in this file does
+    from fast.attention8 import attention8                                # here: it needs fp8.py, which nothing else in this file does
     for block in all_blocks(net):
         block.attend = attention8

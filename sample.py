@@ -21,13 +21,13 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   #
 import torch
 from tqdm import tqdm
 
-import attention8
-import fp8
-from checkpoints import open_checkpoint
+from fast import attention8
+from fast import fp8
+from formats.checkpoints import open_checkpoint
 from convert_weights import change_denoisers
-from fake_checkpoint import RECIPE, TINY, ensure_tiny
-from machine import Machine, pick_device, synchronize
-from video import check_output
+from tiny.random_weights import RECIPE, TINY, ensure_tiny
+from fast.plan import Machine, pick_device, synchronize
+from media.video import check_output
 from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
 from wan_video import WanVideoPipeline
 

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 
 from model import expert_index
-from offload import HostLayers
+from fast.offload import HostLayers
 
 
 class Experts:

@@ -28,14 +28,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import checkpoints
-import names
+from formats import checkpoints
+from formats import names
 from audio import align_to_fps, frame_columns, hidden_states, normalise, resample_50_to_30
 from model import attention, expert_index
-from pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
+from media.pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
 from sampling import Experts, denoise, expert_guidance
 from solver import make_solver
-from video import pose_step
+from media.video import pose_step
 from wan_s2v import ClipInputs, Options, Stages, make_clips
 from wan_video import image_condition
 
@@ -498,7 +498,7 @@ def main():
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = p.parse_args()
     if args.weights and args.official:
-        from parity_official import compare as compare_official
+        from tests.parity_official import compare as compare_official
         rows = compare_official(args.weights, args.official, args.device, getattr(torch, args.dtype))
         print(*rows, sep="\n")
     elif args.golden:

@@ -1,6 +1,6 @@
 """Train a checkpoint of the family: a tiny S2V from nothing on drawn faces, or a LoRA or all weights of any S2V on a folder of videos.
 
-    python speech.py data/speech                                 training sound
+    python -m tiny.speech data/speech                                 training sound
     python train.py audio                                        wav2vec2: hears what a mouth would do
     python train.py vae                                          pictures <-> latents
     python train.py dit                                          one denoiser for all noise levels, and the text encoder with it
@@ -35,20 +35,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoints
+from formats import checkpoints
 import convert_weights
-import faces
-import fake_checkpoint
-import fp8
-import lora
-import speech
+from tiny import faces
+from tiny import random_weights as fake_checkpoint
+from fast import fp8
+from formats import lora
+from tiny import speech
 from audio import RATE, AudioConfig, AudioEncoder, align_to_fps, audio_features, load_audio, resample_50_to_30
 from model import Config, Denoiser, attention_backend, compile_blocks
-from optimise import Stage, generator, load_state, start, train, world
-from pictures import fit_frame, fit_picture, load_image, s2v_size
+from tiny.optimise import Stage, generator, load_state, start, train, world
+from media.pictures import fit_frame, fit_picture, load_image, s2v_size
 from text import TextConfig, TextEncoder, Tokenizer, encode_prompt
 from vae import VAE, CausalConv, Downsample, ResBlock, Upsample, VAEConfig, new_past
-from video import probe, read_frames
+from media.video import probe, read_frames
 from wan_s2v import FPS, WARM_UP, run_dtype
 
 CLIP = 80                    # pixel frames of a clip, 20 latent frames

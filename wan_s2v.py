@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 
 from audio import RATE, audio_features, frame_columns, load_audio
-from checkpoints import open_checkpoint
-from machine import Fit, Machine, device_limit, estimate_seconds, fit, memory_used, private_memory, synchronize
+from formats.checkpoints import open_checkpoint
+from fast.plan import Fit, Machine, device_limit, estimate_seconds, fit, memory_used, private_memory, synchronize
 from model import MOTION_BUCKETS, PATCH, compile_blocks, use_attention8
-from pictures import fit_picture, load_image, s2v_size
+from media.pictures import fit_picture, load_image, s2v_size
 from sampling import Experts, denoise
 from solver import SOLVERS, make_solver
 from text import Tokenizer, encode_prompt
-from video import VideoWriter, load_pose, probe
+from media.video import VideoWriter, load_pose, probe
 
 FPS = 16
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
@@ -382,7 +382,7 @@ def warn_unless_known(vae, picture, path, least):
     db = -10 * ((vae.decode(vae.encode(picture)) - picture) / 2).square().mean().log10().item()
     if db < least:
         print(f"warning: {path} is unlike the pictures this checkpoint was trained on (its VAE gives it back at {db:.1f} dB, those at {least:g} or "
-              f"more): expect a poor face. `python faces.py face.png` draws one that it knows", file=sys.stderr)
+              f"more): expect a poor face. `python -m tiny.faces face.png` draws one that it knows", file=sys.stderr)
 
 
 def load_experts(checkpoint, machine):

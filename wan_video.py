@@ -14,9 +14,9 @@ from datetime import timedelta
 
 import torch
 
-from machine import Fit, device_limit, estimate_seconds, fit
+from fast.plan import Fit, device_limit, estimate_seconds, fit
 from model import PATCH
-from pictures import fit_i2v, fit_ti2v, i2v_size, load_image, ti2v_size
+from media.pictures import fit_i2v, fit_ti2v, i2v_size, load_image, ti2v_size
 from sampling import denoise
 from solver import make_solver
 from wan_s2v import Options, Stages, decode_frames, draw_noise, encode_text, load_experts, load_vae, size_table

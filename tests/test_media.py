@@ -14,10 +14,10 @@ import soundfile
 import torch
 from PIL import Image
 
-import pictures
-import video
-from pictures import _scaled, center_crop, fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
-from video import VideoWriter, add_sound, check_output, load_pose, probe, read_frames
+from media import pictures
+from media import video
+from media.pictures import _scaled, center_crop, fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
+from media.video import VideoWriter, add_sound, check_output, load_pose, probe, read_frames
 
 FPS, SIZE, RATE = 16, (64, 96), 44100
 PIXELS = np.random.RandomState(0).randint(0, 256, (40, 60, 3), np.uint8)

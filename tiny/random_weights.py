@@ -1,9 +1,9 @@
 """Checkpoints of random numbers: the tiny ones that the demo and the tests run on, and official-layout folders of any size.
 
-    python fake_checkpoint.py s2v-14B DST                official layout and sizes, 49 GB: everything but the numbers is as published
-    python fake_checkpoint.py s2v-14B DST --tiny         the same files, a few MB
-    python fake_checkpoint.py s2v-14B DST --set denoiser.n_layer=2 --set vae.dim=32
-    python fake_checkpoint.py t2v-A14B weights/tiny-t2v --tiny --ours      our layout
+    python -m tiny.random_weights s2v-14B DST                official layout and sizes, 49 GB: everything but the numbers is as published
+    python -m tiny.random_weights s2v-14B DST --tiny         the same files, a few MB
+    python -m tiny.random_weights s2v-14B DST --set denoiser.n_layer=2 --set vae.dim=32
+    python -m tiny.random_weights t2v-A14B weights/tiny-t2v --tiny --ours      our layout
 
 A tensor depends on its name and shape only. Norm weights are about 1, linear layers have deviation 1/sqrt(inputs), so activations stay
 finite at any size. Names and shapes come from our networks on the meta device, through the converter's tables read backwards.
@@ -22,9 +22,9 @@ import torch
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-import checkpoints
+from formats import checkpoints
 import convert_weights as convert
-import names
+from formats import names
 from audio import AudioConfig
 from model import Config
 from text import TextConfig

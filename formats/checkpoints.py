@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import audio
-import fp8
+from fast import fp8
 import model
-import names
-import offload
+from formats import names
+from fast import offload
 import text
 import vae
 

@@ -1,6 +1,6 @@
 """Training sound for the tiny checkpoint: synthetic speech in many voices and languages, and what is done to it while training.
 
-    python speech.py data/speech [--hours 1.5] [--seed 0]
+    python -m tiny.speech data/speech [--hours 1.5] [--seed 0]
 
 needs the program espeak-ng and writes data/speech/train/*.ogg and data/speech/held_out/*.ogg, 16 kHz mono, 20 to 60 s long, one voice each,
 named LANGUAGE_VOICE_NUMBER.ogg. The sentences are put together from the word lists below. Never in train: the voices HELD_OUT_VOICES, the
@@ -252,7 +252,7 @@ def load_folder(folder, device="cpu"):
     """All sound files of a folder -> Speech on the device: 115 MB an hour.  raises ValueError if there are none"""
     paths = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in (".ogg", ".wav", ".flac", ".mp3", ".opus"))
     if not paths:
-        raise ValueError(f"wanted a folder with sound files, got {folder} with none: python speech.py makes one")
+        raise ValueError(f"wanted a folder with sound files, got {folder} with none: python -m tiny.speech makes one")
     wavs = [(load_audio(path) * 32767).round().clamp(-32768, 32767).to(torch.int16) for path in paths]
     lengths = torch.tensor([0] + [len(wav) for wav in wavs])
     return Speech(torch.cat(wavs).to(device), lengths.cumsum(0).to(device))

@@ -25,8 +25,8 @@ from __future__ import annotations                                   # where Tri
 import torch
 import torch.nn.functional as F
 
-from fp8 import E4M3, MAX, TINY, cast, multiplies_fp8
-from kernels import jit, triton
+from fast.fp8 import E4M3, MAX, TINY, cast, multiplies_fp8
+from fast.kernels import jit, triton
 
 if triton:
     import triton.language as tl

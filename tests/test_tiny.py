@@ -7,17 +7,17 @@ from pathlib import Path
 import soundfile
 import torch
 
-import faces
-import metrics
+from tiny import faces
+from tiny import metrics
 import sample
 from audio import audio_features, load_audio
-from checkpoints import open_checkpoint
-from machine import Machine
+from formats.checkpoints import open_checkpoint
+from fast.plan import Machine
 from sampling import denoise
 from solver import make_solver
 from wan_s2v import encode_text, load_experts
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 VOICE, ITALIAN, FACE, WEIGHTS = (HERE / name for name in ("samples/voice.flac", "samples/italian.flac", "samples/face.png", "weights/tiny"))
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoints
+from formats import checkpoints
 import convert_weights as convert
-import fake_checkpoint as fake
-import fp8
-import lora
-import names
+from tiny import random_weights as fake
+from fast import fp8
+from formats import lora
+from formats import names
 from test_convert import INDEX, SHARD, bits, official, refusal, same, small   # noqa: F401 (official is a fixture)
 
 

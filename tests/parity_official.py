@@ -1,6 +1,6 @@
 """Our networks against the official code, component by component: same weights, same inputs, every difference in a row.
 
-Used by `python test_parity.py --weights DIR --official REPO` and `python bench.py --against REPO`. The official code is imported from a
+Used by `python test_parity.py --weights DIR --official REPO` and `python -m fast.bench --against REPO`. The official code is imported from a
 checkout of Wan-Video/Wan2.2 (read at 42bf4cf) that the user has, with the packages it asks for; nothing is changed there or copied here.
 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   S text tokens   C channels
@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import checkpoints
+from formats import checkpoints
 from audio import audio_features
 from model import attention_backend
 from solver import make_solver
@@ -363,7 +363,7 @@ def time_official(repo, config, shape, device, dtype, repeats=3):
              and guidance branch); ratio = ours / official, median over the turns, which a busy machine slows alike; rel_l2 of the outputs
     """
     from accelerate import init_empty_weights           # what diffusers loads with: tables stay on the CPU, parameters come later
-    import fake_checkpoint
+    from tiny import random_weights as fake_checkpoint
     add_checkout(repo)
     keep_flash = dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
     fields = {k: v for k, v in fake_checkpoint.denoiser_json("s2v-14B", config).items() if k[0] != "_"}

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fp8
-import kernels
+from fast import fp8
+from fast import kernels
 import model
-from fp8 import E4M3, dequantize, quantize, relative_error
+from fast.fp8 import E4M3, dequantize, quantize, relative_error
 from model import attention, attention_backend, self_attention
 
 D = 128

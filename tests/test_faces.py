@@ -10,7 +10,7 @@ import soxr
 import torch
 from PIL import Image
 
-import faces
+from tiny import faces
 
 RATE = 16000
 

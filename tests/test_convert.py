@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoints
+from formats import checkpoints
 import convert_weights as convert
-import fake_checkpoint as fake
-import names
+from tiny import random_weights as fake
+from formats import names
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MODELS = ("s2v-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B", "vae2_1", "vae2_2", "umt5-xxl-encoder", "wav2vec2-large-xlsr-53")
 SHARD = "diffusion_pytorch_model-00001-of-00001.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
+from fast import kernels
 
 E4M3 = torch.float8_e4m3fn
 MAX = 448.0               # the largest e4m3 number

@@ -18,12 +18,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fp8
-import offload
-from checkpoints import Entry, open_safetensors
-from fp8 import E4M3, FP8Linear, dequantize, is_cast, layer_error, quantize, quantize_weight, quantized, relative_error, report, to_fp8, uses_fp8
+from fast import fp8
+from fast import offload
+from formats.checkpoints import Entry, open_safetensors
+from fast.fp8 import E4M3, FP8Linear, dequantize, is_cast, layer_error, quantize, quantize_weight, quantized, relative_error, report, to_fp8, uses_fp8
 from model import GELU, Config, Denoiser, compile_blocks, fast, layer_norm, modulate, rotate
-from offload import HostLayers, Streamed, footprint, resident_blocks, split, stream
+from fast.offload import HostLayers, Streamed, footprint, resident_blocks, split, stream
 from safetensors.torch import save_file
 from text import TextConfig, TextEncoder
 

@@ -15,12 +15,12 @@ import soundfile
 import torch
 from PIL import Image
 
-import checkpoints
+from formats import checkpoints
 import convert_weights
-import faces
-import fp8
-import lora
-import optimise
+from tiny import faces
+from fast import fp8
+from formats import lora
+from tiny import optimise
 import sample
 import solver
 import train
@@ -28,7 +28,7 @@ from audio import RATE, AudioConfig
 from model import Config
 from text import TextConfig
 from vae import VAEConfig
-from video import VideoWriter
+from media.video import VideoWriter
 
 STAGES = {"audio": ["audio"], "vae": ["vae"], "dit_both": ["dit"]} | {f"dit_{e}": ["dit", "--expert", e] for e in ("high", "low")}
 STEPS = {"audio": 16, "vae": 12}                 # of the others 8
@@ -228,7 +228,7 @@ def test_gradients_are_averaged_over_processes():
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")         # works without any network
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME=loopback, OMP_NUM_THREADS="1")
     processes = [subprocess.Popen([sys.executable, "-c", PROCESS], env=env | dict(RANK=str(rank)), text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, cwd=os.path.dirname(os.path.abspath(optimise.__file__))) for rank in range(2)]
+                                  stderr=subprocess.PIPE, cwd=os.path.dirname(os.path.abspath(train.__file__))) for rank in range(2)]
     try:
         said = [process.communicate(timeout=60) for process in processes]
     finally:

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import evaluate
-import fake_checkpoint
-import faces
-import metrics
+from tiny import evaluate
+from tiny import random_weights as fake_checkpoint
+from tiny import faces
+from tiny import metrics
 from audio import RATE
-from faces import FPS
+from tiny.faces import FPS
 from test_speech import voices
-from video import VideoWriter
+from media.video import VideoWriter
 
 P = 64                       # frames: 4 seconds
 

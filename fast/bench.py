@@ -1,12 +1,12 @@
 """How fast, and in how much memory? Random weights at the released sizes, made on the device: no checkpoint is needed.
 
-    python bench.py                                                    S2V-14B, one denoiser forward at 832x480
-    python bench.py --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
-    python bench.py --size 1280x704 --fp8 --compile --attention8       the fastest way
-    python bench.py --size 1280x704 --fp8 --compile --vram 8           as on a card of 8 GB
-    python bench.py --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
-    python bench.py --against REPO --size 832x480                      the official forward in the same process, same shapes
-    python bench.py --against REPO --preset tiny                       the same on a CPU, float32
+    python -m fast.bench                                                    S2V-14B, one denoiser forward at 832x480
+    python -m fast.bench --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
+    python -m fast.bench --size 1280x704 --fp8 --compile --attention8       the fastest way
+    python -m fast.bench --size 1280x704 --fp8 --compile --vram 8           as on a card of 8 GB
+    python -m fast.bench --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
+    python -m fast.bench --against REPO --size 832x480                      the official forward in the same process, same shapes
+    python -m fast.bench --against REPO --preset tiny                       the same on a CPU, float32
 
 A forward is one call of the denoiser for one guidance branch of a later clip (with motion tokens); a step with guidance is two. Times are
 medians after a warm-up. Shares are of what this device reaches on plain matrix products and attention of the same shapes, measured first.
@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 
-import attention8
-import fake_checkpoint
-from checkpoints import Entry, materialise, parameter_shapes
-from machine import GIB, Machine, device_limit, fit, forward_flops, memory_used, pick_device, rates
+from fast import attention8
+from tiny import random_weights as fake_checkpoint
+from formats.checkpoints import Entry, materialise, parameter_shapes
+from fast.plan import GIB, Machine, device_limit, fit, forward_flops, memory_used, pick_device, rates
 from model import compile_blocks, use_attention8
-from offload import HostLayers
+from fast.offload import HostLayers
 from sample import DTYPES, size
 from vae import new_past
 from wan_s2v import decode_frames, token_counts
@@ -243,7 +243,7 @@ def afresh(run, device):
 def compared(args, configs, device, dtype, shape, result):
     """The official forward beside ours, or why it could not be run."""
     try:
-        from parity_official import time_official
+        from tests.parity_official import time_official
         o = time_official(args.against, configs["denoiser"], shape, device, dtype, args.repeats)
     except (ImportError, OSError) as error:
         print(f"official   skipped: {error}")

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import checkpoints
-import fp8
-import names
+from formats import checkpoints
+from fast import fp8
+from formats import names
 from model import Linear
 
 PREFIXES = re.compile(r"(?:diffusion_model\.|transformer\.|pipe\.dit\.|base_model\.model\.|lora_unet__?|lycoris_)*")

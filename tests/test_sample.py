@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 import convert_weights as convert
-import fake_checkpoint
+from tiny import random_weights as fake_checkpoint
 import sample
 import wan_s2v
-from checkpoints import SAMPLING
+from formats.checkpoints import SAMPLING
 from sampling import Experts
 from vae import VAE22
-from video import probe
+from media.video import probe
 from wan_s2v import Options, WanS2VPipeline
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
 QUICK = ["--steps", "2", "--size", "64x64", "--clip-frames", "16"]
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pictures import fit_frame
+from media.pictures import fit_frame
 
 log = logging.getLogger("wan")
 SUFFIXES = (".mp4", ".mov")

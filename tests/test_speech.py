@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-import speech
+from tiny import speech
 from audio import RATE
 
 ESPEAK = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason=speech.INSTALL)

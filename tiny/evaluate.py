@@ -1,6 +1,6 @@
 """Make videos of people, voices, sentences and a language that were never trained on, and measure the written files.
 
-    python evaluate.py [--ckpt weights/tiny] [--speech data/speech/held_out] [--videos 40] [--out out.evaluate]
+    python -m tiny.evaluate [--ckpt weights/tiny] [--speech data/speech/held_out] [--videos 40] [--out out.evaluate]
 
 Every video is written as an mp4 and read again; its mouth is compared with the articulation of the sound in that file (metrics.py). Half
 of the videos have a caption that changes hair, background or mood. Prints a line per video, a table, and one JSON line; writes the videos,
@@ -32,11 +32,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-import faces
-import metrics
+from tiny import faces
+from tiny import metrics
 from audio import RATE
-from faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
-from machine import Machine, pick_device
+from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
+from fast.plan import Machine, pick_device
 from sample import numbers, open_folder
 from wan_s2v import Options, WanS2VPipeline, open_writer, run_dtype
 
@@ -75,7 +75,7 @@ def sound_files(folder, seconds):
     long = [(str(path), length) for path in paths if (length := soundfile.info(path).duration) >= seconds]
     if not long:
         raise ValueError(f"wanted speech of {seconds:g} s or more in {folder}, got {len(paths)} files, none that long: make some with "
-                         "python speech.py data/speech, or ask for less with --seconds")
+                         "python -m tiny.speech data/speech, or ask for less with --seconds")
     return long
 
 

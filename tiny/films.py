@@ -1,6 +1,6 @@
 """Videos of a mood that training never saw, to try `train.py tune` on: angry people.
 
-    python films.py data/angry --speech data/speech/train
+    python -m tiny.films data/angry --speech data/speech/train
 
 writes NAME.mp4 with sound, NAME.txt with its caption and NAME.png with the picture it starts from, on which everybody is calm. In two of
 three the caption is "angry". In the others there is none and people stay as they are, or everyone would become angry.
@@ -12,10 +12,10 @@ from pathlib import Path
 import soundfile
 import torch
 
-import faces
+from tiny import faces
 from audio import RATE, load_audio
-from metrics import to_picture
-from video import VideoWriter
+from tiny.metrics import to_picture
+from media.video import VideoWriter
 
 def angry(people):
     """The same people with low, slanting brows and the corners of the mouth down, a mood that faces.captioned knows no word for."""
@@ -29,7 +29,7 @@ def make_films(out, speech, videos, seconds, seed):
     out.mkdir(parents=True, exist_ok=True)
     sounds = [path for path in sorted(Path(speech).glob("*.ogg")) if soundfile.info(path).duration >= seconds]
     if not sounds:
-        raise ValueError(f"wanted speech of {seconds:g} s or more in {speech}, got none: python speech.py data/speech makes some")
+        raise ValueError(f"wanted speech of {seconds:g} s or more in {speech}, got none: python -m tiny.speech data/speech makes some")
     g = torch.Generator().manual_seed(seed)
     people, frames = faces.identities(videos, g), round(seconds * faces.FPS)
     pictures, motion = faces.reference(people, g), faces.motions(videos, frames, g)

@@ -1,6 +1,6 @@
 """Meters for videos: does the mouth follow the sound, does the picture drift, who is it. From pixels and sound alone.
 
-    python metrics.py out.mp4 [--audio a.wav] [--image ref.png]          or frames/, the PNG frames of sample.py --out frames/
+    python -m tiny.metrics out.mp4 [--audio a.wav] [--image ref.png]          or frames/, the PNG frames of sample.py --out frames/
 
 prints a table and writes out.metrics.png: frames over the waveform, with the opening that was seen and the one that the sound asks for.
 The mouth and the person are read from drawn faces (faces.py) only; drift and seams of any video, with sound or without.
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from audio import RATE, load_audio
-from faces import FPS, INSIDE, LIP, LIPS, NARROW, OPEN, SIZE, WIDE, articulation, held_out_identities, reference
-from pictures import fit_picture, load_image
-from video import probe, read_frames
+from tiny.faces import FPS, INSIDE, LIP, LIPS, NARROW, OPEN, SIZE, WIDE, articulation, held_out_identities, reference
+from media.pictures import fit_picture, load_image
+from media.video import probe, read_frames
 
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])            # BT.709: sharp in an mp4, its colours have half the resolution
 WHERE = slice(62, 104), slice(34, 94)                    # rows and columns of a 128-pixel picture in which the mouth is looked for

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attention8 as module
-from attention8 import attention8
-from fp8 import multiplies_fp8
+from fast import attention8 as module
+from fast.attention8 import attention8
+from fast.fp8 import multiplies_fp8
 from model import Config, Denoiser, self_attention, use_attention8
 
 D = 128

@@ -8,10 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fake_checkpoint
-import fp8
+from tiny import random_weights as fake_checkpoint
+from fast import fp8
 import model
-from machine import GIB, OVERHEAD, USABLE, Machine, activation_bytes, fit, weigh
+from fast.plan import GIB, OVERHEAD, USABLE, Machine, activation_bytes, fit, weigh
 from wan_s2v import token_counts
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_host_memory_is_planned(released, monkeypatch):
     chosen = fit(released, SHAPE, TOKENS, EIGHT, 7.2 * GIB)
     assert chosen.streamed + 6.5 * GIB < chosen.host < 23.5 * GIB
     assert f"host {chosen.host / GIB:.1f} of" in str(chosen)
-    monkeypatch.setattr("machine.host_memory", lambda: (8 * GIB, 16 * GIB))
+    monkeypatch.setattr("fast.plan.host_memory", lambda: (8 * GIB, 16 * GIB))
     assert "expect swapping" in str(chosen)
     with pytest.raises(ValueError, match="GiB of host memory are wanted, this machine has 16.0: choose a smaller --size"):
         fit(released, SHAPE, TOKENS, EIGHT, 7.2 * GIB)

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import fp8
-import offload
-from attention8 import attention8
+from fast import fp8
+from fast import offload
+from fast.attention8 import attention8
 from model import Denoiser, attention_backend, self_attention
 from vae import peak_bytes
 
