@@ -211,7 +211,8 @@ def test_drawn_pictures_show_no_held_out_face(drawn, speech):
 # ---------------------------------------------------------------------------------------------------------- several processes
 
 PROCESS = """
-import torch, optimise
+import torch
+from tiny import optimise
 optimise.start("cpu")
 rank, _ = optimise.world()
 a, unused, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 4, 3))
