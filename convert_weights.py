@@ -30,7 +30,7 @@ from fast import fp8
 from formats import lora
 from formats import names
 from formats.checkpoints import DTYPE_NAMES, Entry, open_checkpoint, open_tensors, stored_as
-from fast.plan import private_memory
+from fast.probe import private_memory
 
 # ---------------------------------------------------------------------------------------------------- what is done to the tensors
 

@@ -3,22 +3,19 @@
 One network serves the family; the checkpoint's config says which parts exist.
     S2V        audio_dim > 0: audio tokens, a reference picture, FramePack motion tokens, pose
     I2V        in_dim = 36: noise 16, mask 4 and picture latents 16 enter together as channels
-    TI2V       the first latent frame may be clean: its tokens carry time 0
+    TI2V       the first latent frame may be clean: its tokens carry diffusion time 0
     T2V        none of these
 
-Everything that does not change with the diffusion time is computed once per clip by `Denoiser.prepare`; a step is then the pure
-function `Denoiser.forward(latents, t, cond)`. Only self-attention mixes tokens. All the rest of a block is per token, so it runs
-over spans of tokens that share one diffusion time: video tokens at t, reference and motion tokens at 0.
+`Denoiser.prepare` computes once per clip what the diffusion time does not change; `Denoiser.forward` is then one step.
+Only self-attention mixes tokens, through the one seam `attend(q, k, v, layer)`. Everything else in a block works token by token.
+This file says what is computed. fast/ computes it quickly and in little memory; tests/test_fast.py says that the two are equal.
 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   h w patch grid (H/2, W/2)   C width   K heads   D head width
-        L video tokens = T*h*w   N all tokens (video, reference, motion)   n tokens of one span   S text tokens   R diffusion times
+        L video tokens = T*h*w   N all tokens (video, reference, motion)   S text tokens   A audio tokens of a frame   R diffusion times
 Numbers linear layers follow the dtype of their weights; residual stream, norms, modulation, time and audio encoder are float32.
 Source  Wan-Video/Wan2.2@42bf4cf wan/modules/model.py, wan/modules/s2v/{model_s2v,motioner,audio_utils,auxi_blocks}.py
 """
-import math
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +23,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from fast import kernels
 
 PATCH = (1, 2, 2)            # latent frames, rows and columns in one video token
 ROPE_THETA = 10000.0
@@ -39,7 +33,6 @@ MOTION_BUCKETS = (           # FramePack: motion latents from near to far are su
     ("far", 16, (4, 8, 8)),
 )
 MOTION_LATENTS = sum(frames for _, frames, _ in MOTION_BUCKETS)  # 19 = latents of 73 pixel frames
-QUERIES, KEYS, LONG = 66 * 256, 128, 4096                        # see `self_attention`: queries at once, keys in a block, fewest to be split
 ADAIN_EPS = 1e-5             # every other norm has 1e-6 (official audio_utils.py, diffusers' AdaLayerNorm default)
 
 
@@ -59,7 +52,7 @@ class Config:
     audio_dim: int = 1024    # width of the wav2vec2 states; 0 = no S2V parts
     audio_states: int = 25   # wav2vec2 hidden states mixed into one
     audio_tokens: int = 4    # audio tokens per latent frame, before the learned pad token
-    audio_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # blocks followed by audio attention
+    audio_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # blocks with audio attention
     pose_dim: int = 16       # channels of the pose latents
     motion_frames: int = 73  # pixel frames of motion history; the audio is padded by as many columns in front
 
@@ -78,27 +71,26 @@ class Config:
 class LayerCond(NamedTuple):
     """What one block attends to besides the video: constant over a clip's diffusion steps."""
     text: Tensor                 # keys and values (2, B, S, K, D)
-    audio: Tensor | None = None  # keys and values (2, B, T, audio_tokens + 1, K, D), only at blocks with audio attention
+    audio: Tensor | None = None  # keys and values (2, B, T, A, K, D), only at blocks with audio attention
     adain: Tensor | None = None  # shift and scale (2, B, T, 1, C) float32
 
 
-class Span(NamedTuple):
-    """Tokens start..stop share diffusion time number `time` (0: the step's t, 1: zero)."""
-    start: int
-    stop: int
+class Segment(NamedTuple):
+    """So many tokens in a row share diffusion time number `time` (0: the step's t, 1: zero)."""
+    tokens: int
     time: int
 
 
 @dataclass(frozen=True)
 class Cond:
     """Everything about a clip that the diffusion time does not change."""
-    grid: tuple[int, int, int]         # T, h, w
-    spans: tuple[Span, ...]            # cover all N tokens
-    rope: Tensor                       # cos and sin (2, N, 1, D/2) float32
-    layers: tuple[LayerCond, ...]      # one per block
-    image: Tensor | None = None        # channels beside the noise (B, in_dim - out_dim, T, H, W): I2V
-    video_bias: Tensor | None = None   # added to the video tokens (B, L, C) or (1, 1, C): pose and token kind
-    context: Tensor | None = None      # tokens behind the video (B, N - L, C): reference, motion
+    grid: tuple[int, int, int]           # T, h, w
+    segments: tuple[Segment, ...]        # of all N tokens, in order
+    rope: Tensor                         # cos and sin (2, N, 1, D/2) float32
+    layers: tuple[LayerCond, ...]        # one per block
+    image: Tensor | None = None          # channels beside the noise (B, in_dim - out_dim, T, H, W): I2V
+    video_bias: Tensor | None = None     # added to the video tokens (B, L, C) or (1, 1, C): pose and token kind
+    context: Tensor | None = None        # tokens behind the video (B, N - L, C): reference, motion
 
 
 # ----------------------------------------------------------------------------------------------------------- small functions
@@ -111,77 +103,22 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-def attention(q, k, v):
-    """Scaled dot-product attention.  q (B, N, K, D), k v (B, M, K, D) -> (B, N, K*D)"""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return y.transpose(1, 2).flatten(2)
+def attention(q, k, v, layer=None):
+    """Scaled dot-product attention: the plain form of `attend`.  q (B, N, K, D), k v (B, M, K, D) -> (B, N, K*D)"""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))      # (B, K, N, D)
+    return y.transpose(1, 2).flatten(2)                                                              # (B, N, K*D)
 
 
-def self_attention(q, k, v):
-    """`attention` of a sequence to itself. Without gradients the results take the places of q, QUERIES at a time, which saves memory.
-
-    cuDNN's kernel for Hopper works on 256 queries and KEYS keys at a time. Keys left over make it 8% slower (H200): they are attended to
-    afterwards. The tiles of 40 heads and QUERIES fill the 132 processors of an H200 20 times, without a rest.
-    """
-    if torch.is_grad_enabled():
-        return attention(q, k, v)
-    n = k.shape[1]
-    whole = n // KEYS * KEYS if n >= LONG and hopper_attention(q) else n
-    for rows in q.split(QUERIES, dim=1):
-        attend_in_place(rows, k, v, whole)
-    return q.flatten(2)
-
-
-def attend_in_place(q, k, v, whole):
-    """`attention`, in the place of q; the first `whole` keys by cuDNN, and the others, if there are, after them."""
-    if whole == k.shape[1]:
-        q.copy_(attention(q, k, v).view_as(q))
-    else:
-        first = (x.transpose(1, 2) for x in (q, k[:, :whole], v[:, :whole]))
-        y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(*first, None, True)[:2]
-        kernels.attend_last(q, k, v, y.transpose(1, 2), sums, whole)
-
-
-def hopper_attention(q):
-    """Would cuDNN compute attention of q (B, N, K, D), on a GPU whose kernel is known?"""
-    q = q.transpose(1, 2)
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and kernels.works(q.device) and \
-        torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
-
-
-def attention_backend(device):
-    """On a GPU cuDNN's attention first, 1.6 times as fast as flash attention on Hopper; the others where it cannot serve."""
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True) if device.type == "cuda" else nullcontext()
-
-
-def rotate(x, rope):
-    """Rotate channel pairs (2i, 2i+1) by the token's angles.  x (B, n, K, D), rope (2, n, 1, D/2) -> float32
-
-    Two ways to the same bits: compiled, the first is one pass over x; eagerly it would make a forward on a CPU 5% slower.
-    """
-    x = x.float().unflatten(-1, (-1, 2))                             # (B, n, K, D/2, 2)
-    if torch.compiler.is_compiling():
-        cos, sin = rope.unsqueeze(-1)
-        return (x * cos + x.flip(-1) * torch.cat([-sin, sin], dim=-1)).flatten(-2)
-    (a, b), (cos, sin) = x.unbind(-1), rope
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-
-
-def join(parts):
-    """Concatenate along the tokens; one part is returned as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def add(x, y):
-    """x + y; without gradients in the place of x, so that a span of tokens leaves nothing behind. Compiled functions write there once."""
-    return x + y if torch.is_grad_enabled() else x.add_(y)
+def per_token(values, segments):
+    """One row per diffusion time -> the row of each token.  values (..., R, C) -> (..., N, C); one segment: (..., 1, C), which broadcasts"""
+    rows = [values[..., time:time + 1, :] for _, time in segments]
+    return rows[0] if len(rows) == 1 else torch.cat([row.expand(*row.shape[:-2], n, -1) for row, (n, _) in zip(rows, segments)], dim=-2)
 
 
 def timestep_embedding(t, dim):
-    """Sinusoids of the diffusion time.  t (B, R) in 0..1000 -> (B, R, dim) float32, cosines first"""
+    """Sinusoids of the diffusion time, cosines first.  t (B, R) in 0..1000 -> (B, R, dim) float32"""
     half = torch.arange(dim // 2, device=t.device, dtype=torch.float64)
-    angle = t.double().unsqueeze(-1) * 10000 ** (-half / (dim // 2))
+    angle = t.double().unsqueeze(-1) * 10000 ** (-half / (dim // 2))                                 # (B, R, dim/2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
@@ -221,20 +158,10 @@ def rope_table(positions, head_dim):
     return torch.stack([angles.cos(), angles.sin()]).unsqueeze(2).float()
 
 
-@lru_cache(maxsize=2)
-def clip_rope(grid, ref, motion, head_dim, device):
-    """The table of all tokens of a clip, on the device: one for both guidance branches and for every clip of a kind."""
-    return rope_table(token_positions(grid, ref, motion), head_dim).to(device)
-
-
-def make_spans(segments, chunk=None):
-    """Cut [(tokens, time), ...] into spans of at most `chunk` tokens, so that the per-token work of a block needs bounded memory."""
-    spans, start = [], 0
-    for tokens, time in segments:
-        stop = start + tokens
-        spans += [Span(a, min(a + (chunk or tokens), stop), time) for a in range(start, stop, chunk or tokens)]
-        start = stop
-    return tuple(spans)
+def unpatchify(x, grid):
+    """Tokens of (1, 2, 2) patches -> latents.  x (B, L, 4*out) -> (B, out, T, H, W)"""
+    x = x.unflatten(1, grid).unflatten(4, (PATCH[1], PATCH[2], -1))  # (B, T, h, w, 2, 2, out)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)
 
 
 def expert_index(t, boundary):
@@ -258,16 +185,6 @@ class FloatLinear(nn.Linear):
         return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
-class GELU(nn.Module):
-    """The tanh approximation of GELU. Compiled it is written with a sigmoid, equal but for rounding: tanh is slow there."""
-
-    def forward(self, x):
-        if not torch.compiler.is_compiling():
-            return F.gelu(x, approximate="tanh")
-        y = x.float()
-        return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y))).to(x.dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the full width, before the split into heads; float32."""
 
@@ -279,8 +196,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias; float32."""
+
+    def forward(self, x):
+        return layer_norm(x, self.eps, self.weight.float(), self.bias.float())
+
+
+class Rotary(nn.Module):
+    """RoPE: rotate channel pairs (2i, 2i+1) by the token's angles.  x (B, N, K, D), rope (2, N, 1, D/2) -> (B, N, K, D) float32"""
+
+    def forward(self, x, rope):
+        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope                       # (B, N, K, D/2), (N, 1, D/2)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
 class Attention(nn.Module):
-    """The four projections of an attention layer; q and k are normalised over the full width."""
+    """The four projections of an attention layer; queries and keys are normalised over the full width."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -292,13 +224,32 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.n_head, -1))                     # (B, N, C) -> (B, N, K, D)
 
     def query(self, x):
+        """x (B, N, C) -> (B, N, K, D)"""
         q = self.q(x)
-        return self.split(self.norm_q(q).to(q.dtype))                # (B, N, K, D)
+        return self.split(self.norm_q(q).to(q.dtype))
 
     def keys_values(self, x):
         """x (B, M, C) -> (2, B, M, K, D)"""
         k, v = self.k(x), self.v(x)
         return torch.stack([self.split(self.norm_k(k).to(v.dtype)), self.split(v)])
+
+    def forward(self, x, keys_values):
+        """Cross-attention.  x (B, N, C), keys_values (2, B, M, K, D) -> (B, N, C)"""
+        return self.o(attention(self.query(x).to(keys_values.dtype), *keys_values))
+
+
+class SelfAttention(Attention):
+    """Attention of all tokens to each other, with rotary positions. What lies between `qkv` and `o` is the seam `attend`."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.rotary = Rotary()
+
+    def qkv(self, x, rope):
+        """x (B, N, C), rope (2, N, 1, D/2) -> rotated queries and keys, and values, each (B, N, K, D)"""
+        v = self.split(self.v(x))
+        q, k = (self.rotary(self.split(norm(linear(x))), rope).to(v.dtype) for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k)))
+        return q, k, v
 
 
 class AudioInjection(Attention):
@@ -309,82 +260,67 @@ class AudioInjection(Attention):
         self.adain = Linear(cfg.dim, 2 * cfg.dim)
 
     def forward(self, x, audio, adain):
-        """x (B, t*h*w, C) float32 of t latent frames, with their keys and values (2, B, t, M, K, D), shift and scale (2, B, t, 1, C) -> x"""
-        shift, scale = adain.flatten(1, 2)
-        frames = x.unflatten(1, (audio.shape[2], -1)).flatten(0, 1)  # (B*t, h*w, C)
-        q = self.query(modulate(layer_norm(frames, ADAIN_EPS), shift, scale)).to(audio.dtype)      # a float8 layer has a dtype of its own
-        y = attention(q, *audio.flatten(1, 2))
-        return add(x, self.o(y).view_as(x))
+        """x (B, T*h*w, C) float32 of T latent frames, audio keys and values (2, B, T, A, K, D), adain shift and scale (2, B, T, 1, C) -> like x"""
+        shift, scale = adain.flatten(1, 2)                           # (B*T, 1, C) each
+        frames = x.unflatten(1, (audio.shape[2], -1)).flatten(0, 1)  # (B*T, h*w, C)
+        y = super().forward(modulate(layer_norm(frames, ADAIN_EPS), shift, scale), audio.flatten(1, 2))
+        return y.view_as(x)                                          # (B, T*h*w, C)
 
 
 class Block(nn.Module):
-    attend = staticmethod(self_attention)                            # may write over its arguments. See use_attention8
+    """One layer of the transformer. `project`, `finish` and `audio_cross_attention` work on any run of tokens (the last: of whole
+    latent frames), which is what fast/blocks.py needs to run them in pieces; `attend` alone sees all tokens."""
 
     def __init__(self, cfg, audio):
         super().__init__()
         self.eps = cfg.eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
-        self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
-        self.cross_norm = nn.LayerNorm(cfg.dim, eps=cfg.eps)
-        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), GELU(), Linear(cfg.ffn_dim, cfg.dim))
+        self.self_attn, self.cross_attn = SelfAttention(cfg), Attention(cfg)
+        self.cross_norm = LayerNorm(cfg.dim, eps=cfg.eps)
+        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), Linear(cfg.ffn_dim, cfg.dim))
         self.inject = AudioInjection(cfg) if audio else None
 
     def prepare(self, text, audio_local=None, audio_global=None):
-        """text (B, S, C), audio_local (B, T, audio_tokens + 1, C), audio_global (B, T, 1, C) -> LayerCond"""
+        """text (B, S, C), audio_local (B, T, A, C), audio_global (B, T, 1, C) -> LayerCond"""
+        keys_values = self.cross_attn.keys_values(text)              # (2, B, S, K, D)
         if self.inject is None:
-            return LayerCond(self.cross_attn.keys_values(text))
-        audio = self.inject.keys_values(audio_local.flatten(0, 1)).unflatten(1, audio_local.shape[:2])
-        adain = torch.stack(self.inject.adain(F.silu(audio_global)).float().chunk(2, dim=-1))
-        return LayerCond(self.cross_attn.keys_values(text), audio, adain)
+            return LayerCond(keys_values)
+        audio = self.inject.keys_values(audio_local.flatten(0, 1)).unflatten(1, audio_local.shape[:2])         # (2, B, T, A, K, D)
+        adain = torch.stack(self.inject.adain(F.silu(audio_global)).float().chunk(2, dim=-1))                  # (2, B, T, 1, C)
+        return LayerCond(keys_values, audio, adain)
 
-    def qkv(self, x, mod, rope, places):
-        """Rotated queries, keys and values of one span; without gradients in their `places`.
+    def modulations(self, mod):
+        """Shift, scale and gate of self-attention, then of the FFN, for each diffusion time.  mod (B, R, 6, C) -> (6, B, R, C) float32"""
+        return (self.modulation.float() + mod).permute(2, 0, 1, 3)
 
-        x (B, n, C), mod (B, 6, 1, C), rope (2, n, 1, D/2) -> three (B, n, K, D)
-        """
-        attn, shift, scale = self.self_attn, mod[:, 0], mod[:, 1]
-        x = modulate(layer_norm(x, self.eps), shift, scale)
-        v = attn.split(attn.v(x))
-        q, k = (rotate(attn.split(norm(proj(x))), rope).to(v.dtype) for norm, proj in ((attn.norm_q, attn.q), (attn.norm_k, attn.k)))
-        return (q, k, v) if torch.is_grad_enabled() else [place.copy_(part) for place, part in zip(places, (q, k, v))]
+    def project(self, x, mod, rope):
+        """x (B, N, C), mod (6, B, N or 1, C), rope (2, N, 1, D/2) -> q, k, v, each (B, N, K, D)"""
+        shift1, scale1 = mod[:2]
+        return self.self_attn.qkv(modulate(layer_norm(x, self.eps), shift1, scale1), rope)
 
-    def mix(self, x, y, mod, text):
-        """The rest of the block for one span.  x (B, n, C) float32, y (B, n, C) self-attention output, text (2, B, S, K, D) -> x"""
-        gate, ffn_shift, ffn_scale, ffn_gate = mod[:, 2:].unbind(1)
-        x = add(x, self.self_attn.o(y).float() * gate)
-        x = add(x, self.cross_attn.o(attention(self.cross_attn.query(layer_norm(x, self.eps, *self.affine())), *text)))
-        return add(x, self.ffn(modulate(layer_norm(x, self.eps), ffn_shift, ffn_scale)).float() * ffn_gate)
+    def finish(self, x, y, mod, text):
+        """What follows self-attention.  x (B, N, C) float32, y (B, N, C) from `attend`, text (2, B, S, K, D) -> (B, N, C) float32"""
+        gate1, shift2, scale2, gate2 = mod[2:]
+        x = x + gate1 * self.self_attn.o(y).float()
+        x = x + self.cross_attn(self.cross_norm(x), text)
+        return x + gate2 * self.ffn(modulate(layer_norm(x, self.eps), shift2, scale2)).float()
 
-    def affine(self):
-        return self.cross_norm.weight.float(), self.cross_norm.bias.float()
+    def audio_cross_attention(self, x, audio, adain):
+        """On video tokens alone.  x (B, T*h*w, C) float32 of T latent frames, audio (2, B, T, A, K, D), adain (2, B, T, 1, C) -> like x"""
+        return x + self.inject(x, audio, adain)
 
-    def forward(self, x, mod, rope, cond, spans, grid):
-        """x (B, N, C) float32, mod (B, R, 6, C) float32, rope (2, N, 1, D/2), cond this layer's LayerCond -> (B, N, C) float32
-
-        Without gradients the result takes the place of x in memory.
-        """
-        mod = (self.modulation.float() + mod).unsqueeze(3)           # (B, R, 6, 1, C)
-        y = self.look(x, mod, rope, cond.text.dtype, spans)
-        parts = [self.mix(x[:, a:b], y[:, a:b], mod[:, r], cond.text) for a, b, r in spans]
-        x = join(parts) if torch.is_grad_enabled() else x
-        return x if self.inject is None else self.hear(x, cond, spans, grid)
-
-    def look(self, x, mod, rope, dtype, spans):
-        """Self-attention of all tokens.  Arguments as `forward`, mod (B, R, 6, 1, C) -> (B, N, C)"""
-        places = () if torch.is_grad_enabled() else [self.self_attn.split(torch.empty_like(x, dtype=dtype)) for _ in range(3)]
-        parts = [self.qkv(x[:, a:b], mod[:, r], rope[:, a:b], [place[:, a:b] for place in places]) for a, b, r in spans]
-        return self.attend(*(places or map(join, zip(*parts))))
-
-    def hear(self, x, cond, spans, grid):
-        """Audio attention on the video tokens, as many latent frames at a time as the longest span holds."""
-        (T, h, w), hw = grid, grid[1] * grid[2]
-        step = max(1, (spans[0].stop - spans[0].start) // hw)
-        video = [self.inject(x[:, f * hw:min(f + step, T) * hw], cond.audio[:, :, f:f + step], cond.adain[:, :, f:f + step])
-                 for f in range(0, T, step)]
-        return join([*video, x[:, T * hw:]]) if torch.is_grad_enabled() else x
+    def forward(self, x, mod, cond, layer, attend=attention):
+        """x (B, N, C) float32, mod (B, R, 6, C) float32 of the diffusion times, cond Cond, layer this block's number -> (B, N, C) float32"""
+        mod, (text, audio, adain), (T, h, w) = per_token(self.modulations(mod), cond.segments), cond.layers[layer], cond.grid
+        q, k, v = self.project(x, mod, cond.rope)                    # (B, N, K, D) each
+        x = self.finish(x, attend(q, k, v, layer), mod, text)
+        if self.inject is None:
+            return x
+        video, context = x[:, :T * h * w], x[:, T * h * w:]          # (B, L, C), (B, N - L, C)
+        return torch.cat([self.audio_cross_attention(video, audio, adain), context], dim=1)
 
 
-class AudioEncoder(nn.Module):
+class CausalAudioEncoder(nn.Module):
     """wav2vec2 states, one column per video frame -> per latent frame a few local audio tokens and one global token; causal, float32."""
 
     def __init__(self, cfg):
@@ -400,6 +336,7 @@ class AudioEncoder(nn.Module):
         self.pad_token = nn.Parameter(torch.zeros(1, 1, 1, C))
 
     def causal(self, conv, x):
+        """x (B, channels, P) -> (B, out channels, ceil(P / stride))"""
         x = F.pad(x, (conv.kernel_size[0] - 1, 0), mode="replicate")
         return F.conv1d(x, conv.weight.float(), conv.bias.float(), conv.stride)
 
@@ -412,13 +349,14 @@ class AudioEncoder(nn.Module):
         return self.norm_act(self.causal(self.conv3, x)).transpose(1, 2)
 
     def forward(self, states):
-        """states (B, audio_states, audio_dim, P) -> global (B, T, 1, C), local (B, T, audio_tokens + 1, C)"""
+        """states (B, audio_states, audio_dim, P) -> global (B, T, 1, C), local (B, T, A, C)"""
         weight = F.silu(self.mix.float())
         x = (states.float() * weight / weight.sum()).sum(1)          # (B, audio_dim, P)
-        local = self.causal(self.conv_local, x).unflatten(1, (self.n_token, -1)).flatten(0, 1)
-        local = self.shrink(local).unflatten(0, (-1, self.n_token)).transpose(1, 2)          # (B, T, audio_tokens, C)
-        pad = self.pad_token.float().expand(*local.shape[:2], 1, -1)
-        return self.out(self.shrink(self.causal(self.conv_global, x))).unsqueeze(2), torch.cat([local, pad], dim=2)
+        local = self.causal(self.conv_local, x).unflatten(1, (self.n_token, -1)).flatten(0, 1)       # (B*audio_tokens, C/4, P)
+        local = self.shrink(local).unflatten(0, (-1, self.n_token)).transpose(1, 2)                  # (B, T, audio_tokens, C)
+        pad = self.pad_token.float().expand(*local.shape[:2], 1, -1)                                 # (B, T, 1, C)
+        whole = self.out(self.shrink(self.causal(self.conv_global, x)))                              # (B, T, C)
+        return whole.unsqueeze(2), torch.cat([local, pad], dim=2)
 
 
 class Head(nn.Module):
@@ -429,8 +367,8 @@ class Head(nn.Module):
         self.linear = FloatLinear(cfg.dim, cfg.out_dim * PATCH[0] * PATCH[1] * PATCH[2])
 
     def forward(self, x, e):
-        """x (B, n, C), e time embedding (B, 1, C) float32 -> (B, n, patch values)"""
-        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unbind(2)
+        """x (B, N, C), e time embedding (B, N or 1, C) float32 -> (B, N, patch values) float32"""
+        shift, scale = (self.modulation.float().unsqueeze(2) + e.unsqueeze(1)).unbind(1)             # (B, N or 1, C) each
         return self.linear(modulate(layer_norm(x, self.eps), shift, scale))
 
 
@@ -450,15 +388,10 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, audio=i in cfg.audio_layers) for i in range(cfg.n_layer))
         self.head = Head(cfg)
         if cfg.audio_dim:
-            self.audio = AudioEncoder(cfg)
+            self.audio = CausalAudioEncoder(cfg)
             self.pose = nn.Conv3d(cfg.pose_dim, C, PATCH, stride=PATCH)
             self.token_kind = nn.Embedding(3, C)                     # 0 video, 1 reference, 2 motion
             self.motion = nn.ModuleDict({name: nn.Conv3d(cfg.out_dim, C, patch, stride=patch) for name, _, patch in MOTION_BUCKETS})
-
-    @staticmethod
-    def storage_dtype(name, dtype):
-        """The dtype in which a parameter is kept when the model runs in `dtype`: norms and modulation, which are small, in float32."""
-        return torch.float32 if "norm" in name or name.endswith("modulation") else dtype
 
     def tokens(self, conv, x):
         """(B, channels, T, H, W) -> (B, T*h*w, C), contiguous: fused attention wants unit stride along the channels, and every later
@@ -476,103 +409,71 @@ class Denoiser(nn.Module):
         return torch.cat(parts, dim=1)
 
     def audio_latents(self, audio):
-        """Audio tokens of the clip's own latent frames.  audio (B, states, audio_dim, 4T) -> global (B, T, 1, C), local (B, T, tokens + 1, C)
+        """Audio tokens of the clip's own latent frames.  audio (B, states, audio_dim, 4T) -> global (B, T, 1, C), local (B, T, A, C)
 
-        The clip's first column stands in for the motion frames in front of it, not the audio that was really there (official L693).
+        The clip's first audio frame stands in for the motion frames in front of it, not the audio that was really there (official L693).
         """
-        past = audio[..., :1].expand(*audio.shape[:-1], self.cfg.motion_frames)
+        past = audio[..., :1].expand(*audio.shape[:-1], self.cfg.motion_frames)                      # (B, states, audio_dim, 73)
         return [x[:, self.cfg.motion_latents:] for x in self.audio(torch.cat([past, audio], dim=-1))]
 
     def context_tokens(self, ref, motion):
         """Reference and motion tokens with the embedding of their kind -> (B, N - L, C)"""
         kind = self.token_kind.weight
-        ref = self.tokens(self.patch, ref) + kind[1]
+        ref = self.tokens(self.patch, ref) + kind[1]                 # (B, h*w, C)
         return ref if motion is None else torch.cat([ref, self.motion_tokens(motion) + kind[2]], dim=1)
 
-    def prepare(self, shape, text, audio=None, ref=None, motion=None, pose=None, image=None, clean_frames=0, chunk=None):
-        """Everything about a clip that does not change with the diffusion time.
+    def prepare(self, shape, text, audio=None, ref=None, motion=None, pose=None, image=None, clean_frames=0):
+        """Everything about a clip that does not change with the diffusion time -> Cond
 
         shape         (T, H, W) of the latents to come; H and W even (multiples of 8 where motion is given)
         text          (B, up to text_len, text_dim) umT5 rows of the prompt, without padding
-        audio         (B, audio_states, audio_dim, 4T) wav2vec2 states, one column per pixel frame; S2V only, as are the next three
+        audio         (B, audio_states, audio_dim, 4T) wav2vec2 states, one audio frame per pixel frame; S2V only, as are the next three
         ref           (B, out_dim, 1, H, W) latent of the reference picture
         motion        (B, out_dim, 19, H, W) latents of the frames before the clip, or None to leave the motion tokens out
         pose          (B, pose_dim, T, H, W) pose latents, or None (which is zeros, not a black picture)
         image         (B, in_dim - out_dim, T, H, W) mask and picture latents: I2V
         clean_frames  number of leading latent frames that are not noisy: TI2V, 0 or 1
-        chunk         longest span of tokens that is worked on at once
         """
-        (T, H, W), (_, ph, pw), cfg = shape, PATCH, self.cfg
-        grid = T, h, w = T, H // ph, W // pw
-        text = self.text(F.pad(text, (0, 0, 0, cfg.text_len - text.shape[1])))               # (B, S, C)
-        audio_global, audio_local = self.audio_latents(audio) if cfg.audio_dim else (None, None)
+        cfg, (T, h, w) = self.cfg, (shape[0], shape[1] // PATCH[1], shape[2] // PATCH[2])
+        text = self.text(F.pad(text, (0, 0, 0, cfg.text_len - text.shape[1])))                       # (B, S, C)
+        audio_global, audio_local = self.audio_latents(audio) if cfg.audio_dim else (None, None)     # (B, T, 1, C), (B, T, A, C)
         layers = tuple(block.prepare(text, audio_local, audio_global) for block in self.blocks)
-        segments = [(n * h * w, time) for n, time in ((clean_frames, 1), (T - clean_frames, 0)) if n]
+        segments = [Segment(n * h * w, time) for n, time in ((clean_frames, 1), (T - clean_frames, 0)) if n]
         context = bias = None
         if cfg.audio_dim:
-            context = self.context_tokens(ref, motion)
-            segments.append((context.shape[1], 1))
-            bias = self.token_kind.weight[:1] + (self.pose.bias if pose is None else self.tokens(self.pose, pose))
-        rope = clip_rope(grid, bool(cfg.audio_dim), motion is not None, cfg.dim // cfg.n_head, text.device)
-        return Cond(grid, make_spans(segments, chunk), rope, layers, image, bias, context)
+            context = self.context_tokens(ref, motion)               # (B, N - L, C)
+            segments.append(Segment(context.shape[1], 1))
+            pose = self.pose.bias if pose is None else self.tokens(self.pose, pose)                  # (C,) or (B, L, C)
+            bias = self.token_kind.weight[:1] + pose                 # (1, C) or (B, L, C)
+        positions = token_positions((T, h, w), bool(cfg.audio_dim), motion is not None)              # (N, 3)
+        rope = rope_table(positions, cfg.dim // cfg.n_head).to(text.device)
+        return Cond((T, h, w), tuple(segments), rope, layers, image, bias, context)
 
     def modulations(self, t):
         """t (B,) -> time embedding (B, R, C) and the blocks' modulation (B, R, 6, C), both float32; time 0 is t, time 1 is zero"""
-        times = torch.stack([t, torch.zeros_like(t)], dim=1)
-        e = self.time(timestep_embedding(times, self.cfg.freq_dim))
+        times = torch.stack([t, torch.zeros_like(t)], dim=1)         # (B, R)
+        e = self.time(timestep_embedding(times, self.cfg.freq_dim))  # (B, R, C)
         return e, self.time_mod(F.silu(e)).unflatten(2, (6, -1))
 
     def embed(self, latents, cond):
-        """Noisy latents -> all tokens entering the first block (B, N, C)"""
-        x = self.tokens(self.patch, latents if cond.image is None else torch.cat([latents, cond.image], dim=1))
+        """Noisy latents (B, out_dim, T, H, W) -> all tokens entering the first block (B, N, C) float32"""
+        latents = latents if cond.image is None else torch.cat([latents, cond.image], dim=1)         # (B, in_dim, T, H, W)
+        x = self.tokens(self.patch, latents)                         # (B, L, C)
         x = x if cond.video_bias is None else x + cond.video_bias
         return (x if cond.context is None else torch.cat([x, cond.context], dim=1)).float()
 
-    def velocities(self, latents, t, conds):
-        """Velocities eps - x0 of the same noisy latents under one or more conditions, in a single pass over the blocks.
+    def forward(self, latents, t, cond, attend=attention):
+        """Velocity eps - x0 of noisy latents.
 
-        latents  (B, out_dim, T, H, W)        t  (B,) diffusion time in 0..1000        conds  of one clip, from `prepare`
-        returns  one (B, out_dim, T, H, W) float32 per condition
+        latents  (B, out_dim, T, H, W)        t  (B,) diffusion time in 0..1000        cond  from `prepare`
+        attend   function (q, k, v, layer) -> (B, N, C), each of q, k, v (B, N, K, D): self-attention of layer number `layer`
+        returns  (B, out_dim, T, H, W) float32
         """
-        e, mod = self.modulations(t)
-        xs = [self.embed(latents, cond) for cond in conds]           # (B, N, C) each
-        with attention_backend(latents.device):
-            for i, block in enumerate(self.blocks):                  # a ModuleList, or offload.py's stream of blocks
-                xs = [block(x, mod, cond.rope, cond.layers[i], cond.spans, cond.grid) for x, cond in zip(xs, conds)]
-        return [self.unpatchify(x, e, cond) for x, cond in zip(xs, conds)]
-
-    def forward(self, latents, t, cond):
-        return self.velocities(latents, t, (cond,))[0]
-
-    def unpatchify(self, x, e, cond):
-        """The head on the video tokens.  x (B, N, C), e (B, R, C) -> (B, out_dim, T, H, W) float32"""
-        (T, h, w), (_, ph, pw) = cond.grid, PATCH
-        x = join([self.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in cond.spans if b <= T * h * w])
-        x = x.float().unflatten(1, (T, h, w)).unflatten(4, (ph, pw, -1))                     # (B, T, h, w, 2, 2, out)
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(3, 4).flatten(4, 5)                    # (B, out, T, H, W)
-
-
-@cache
-def fast(function):
-    """A compiled function, one for all blocks, for spans of any length in tensors of any length: a later clip has more tokens than the first."""
-    return torch.compile(function, dynamic=True)
-
-
-def all_blocks(net):
-    """Every module that computes a block, in a ModuleList or in offload.py's stream of blocks."""
-    return net.blocks if isinstance(net.blocks, nn.ModuleList) else net.blocks.modules
-
-
-def compile_blocks(net):
-    """Compile the per-token parts of all blocks: norms, modulation, RoPE, casts and gates fuse with each other; attention stays as it is."""
-    for block in all_blocks(net):
-        block.qkv, block.mix = partial(fast(Block.qkv), block), partial(fast(Block.mix), block)
-        if block.inject is not None:
-            block.inject.forward = partial(fast(AudioInjection.forward), block.inject)
-
-
-def use_attention8(net):
-    """Self-attention in 8 bits: faster, and off by a few percent. For inference alone."""
-    from fast.attention8 import attention8                                # here: it needs fp8.py, which nothing else in this file does
-    for block in all_blocks(net):
-        block.attend = attention8
+        T, h, w = cond.grid
+        e, mod = self.modulations(t)                                 # (B, R, C), (B, R, 6, C)
+        x = self.embed(latents, cond)                                # (B, N, C)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mod, cond, layer, attend)                   # (B, N, C)
+        L = T * h * w
+        x = self.head(x[:, :L], per_token(e, cond.segments)[:, :L])  # (B, L, 4*out_dim)
+        return unpatchify(x, cond.grid)                              # (B, out_dim, T, H, W)

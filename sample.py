@@ -17,19 +17,16 @@ from dataclasses import fields
 from pathlib import Path
 
 START = time.perf_counter()
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # before torch: else freed memory is lost to larger tensors
+if __name__ == "__main__":                                           # before torch: else freed memory is lost to larger tensors
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from tqdm import tqdm
 
-from fast import attention8
-from fast import fp8
+from fast.plan import MAX_CLIP_FRAMES, RunConfig
+from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
 from formats.checkpoints import open_checkpoint
-from convert_weights import change_denoisers
-from tiny.random_weights import RECIPE, TINY, ensure_tiny
-from fast.plan import Machine, pick_device, synchronize
 from media.video import check_output
-from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
-from wan_video import WanVideoPipeline
+from wan_s2v import Stages, WanS2VPipeline, open_writer, run_dtype
 
 WEIGHTS = Path(__file__).parent / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,25 +142,26 @@ class Progress:
 def open_folder(ckpt):
     """The checkpoint, making a tiny random one if it is asked for by name or none is given."""
     folder = WEIGHTS / "tiny" if ckpt is None else Path(ckpt)
-    if folder.parent.resolve() == WEIGHTS.resolve() and folder.name in TINY:
-        ensure_tiny(folder)
+    if folder.parent.resolve() == WEIGHTS.resolve() and (ckpt or not folder.is_dir()):
+        from tiny.random_weights import TINY, ensure_tiny            # here: only where it is asked for
+        if folder.name in TINY:
+            ensure_tiny(folder)
     checkpoint = open_checkpoint(folder)
-    if checkpoint.note == RECIPE:
-        print(f"using weights/{folder.name} of {RECIPE.split(':')[0]}: the picture will be noise; it shows that everything runs, not what the "
-              "model can do")
+    if checkpoint.note.startswith("random numbers"):
+        print(f"using weights/{folder.name} of random numbers: the picture will be noise; it shows that everything runs, not what the model can do")
     elif checkpoint.note:
         print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")
     return checkpoint
 
 
-def machine_of(args):
-    """The user's choices of where and how to run."""
+def choices(args):
+    """Where and how to run, as fields of RunConfig."""
     device = pick_device(args.device)
     if args.attention8:
+        from fast import attention8
         attention8.check(device)
-    compiled = device.type == "cuda" and (args.steps or 40) > 4 if args.compile is None else args.compile
-    return Machine(device, run_dtype(DTYPES.get(args.dtype), device), DTYPES.get(args.vae_dtype), bool(args.fp8), compiled,
-                   args.attention8, resident=args.resident)
+    return dict(device=device, dtype=run_dtype(DTYPES.get(args.dtype), device), vae_dtype=DTYPES.get(args.vae_dtype), fp8=bool(args.fp8),
+                compile=args.compile, attention8=args.attention8, resident=args.resident)
 
 
 def main(args):
@@ -172,12 +170,15 @@ def main(args):
         raise ValueError(f"--vram wants the size of a card in GB, got {args.vram:g}")
     checkpoint = open_folder(args.ckpt)
     if args.fp8 is False:
+        from fast import fp8
+        from convert_weights import change_denoisers
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
-    make = WanS2VPipeline if checkpoint.task.startswith("s2v") else WanVideoPipeline
-    pipeline = make(checkpoint, machine_of(args), args.vram)
-    plan = pipeline.plan(Options(**{field.name: getattr(args, field.name) for field in fields(Options)}))
+    pipeline = WanS2VPipeline(checkpoint, args.vram, **choices(args))
+    cap_memory(pipeline.device, args.vram)
+    plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
     print(plan)
-    stages, progress = Stages(pipeline.machine.device), Progress(plan.clips, pipeline.machine.device)
+    print(f"time     about {tqdm.format_interval(round(estimate_seconds(plan)))} of denoising")
+    stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device)
     with open_writer(args.out, plan, args.av_offset) as writer:
         try:
             for frames in pipeline.generate(plan, stages, progress):
@@ -195,6 +196,13 @@ def main(args):
     print(f"wrote    {writer.summary}")
 
 
+def device_errors():
+    """The types of errors that a GPU and the compiler raise; a RuntimeError of any other kind is a mistake of the code and shows itself."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+    return torch.AcceleratorError, TorchDynamoException, InductorError
+
+
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
     try:
@@ -206,7 +214,9 @@ def cli(argv=None):
               file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except RuntimeError as error:                                    # of CUDA, cuBLAS, the compiler
+    except RuntimeError as error:
+        if not isinstance(error, device_errors()):
+            raise
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         print(f"error: PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size", file=sys.stderr)
     except KeyboardInterrupt:

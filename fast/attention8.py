@@ -129,7 +129,7 @@ def check(device):
         raise ValueError("8-bit attention wants Triton and an NVIDIA GPU of compute capability 8.9 or more: leave it out on this machine")
 
 
-def attention8(q, k, v):
+def attention8(q, k, v, layer=None):
     """Attention of a sequence to itself in 8 bits. On a CPU the same rounding is followed by exact attention. No gradients.
 
     q, k, v  (B, N, K, D), D a power of two from 32 on. On a GPU bfloat16, and if contiguous q and k are written over

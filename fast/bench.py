@@ -4,13 +4,14 @@
     python -m fast.bench --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
     python -m fast.bench --size 1280x704 --fp8 --compile --attention8       the fastest way
     python -m fast.bench --size 1280x704 --fp8 --compile --vram 8           as on a card of 8 GB
+    python -m fast.bench --preset t2v-A14B --size 1280x720                  also i2v-A14B, ti2v-5B
     python -m fast.bench --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
     python -m fast.bench --against REPO --size 832x480                      the official forward in the same process, same shapes
     python -m fast.bench --against REPO --preset tiny                       the same on a CPU, float32
 
-A forward is one call of the denoiser for one guidance branch of a later clip (with motion tokens); a step with guidance is two. Times are
-medians after a warm-up. Shares are of what this device reaches on plain matrix products and attention of the same shapes, measured first.
-The last line is JSON.
+A forward is one call of the denoiser for one guidance branch (S2V: of a later clip, with motion tokens; TI2V: with a clean first frame); a
+step with guidance is two. Times are medians after a warm-up. Shares are of what this device reaches on plain matrix products and attention
+of the same shapes, measured first. The last line is JSON.
 """
 import argparse
 import gc
@@ -25,20 +26,17 @@ from pathlib import Path
 
 import torch
 
-from fast import attention8
-from tiny import random_weights as fake_checkpoint
+from fast import attention8, blocks
+from fast.plan import MAX_CLIP_FRAMES, MemoryPlan, RunConfig, plan_memory, token_counts
+from fast.probe import GIB, cap_memory, forward_flops, free_memory, memory_used, pick_device, rates, synchronize
 from formats.checkpoints import Entry, materialise, parameter_shapes
-from fast.plan import GIB, Machine, device_limit, fit, forward_flops, memory_used, pick_device, rates
-from model import compile_blocks, use_attention8
-from fast.offload import HostLayers
 from sample import DTYPES, size
+from tiny import random_weights
 from vae import new_past
-from wan_s2v import decode_frames, token_counts
+from wan_s2v import decode_frames
 
-
-def sync(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+PRESETS = ("s2v-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B", "tiny")
+FRAMES = {"s2v-14B": 80, "tiny": 80, "t2v-A14B": 81, "i2v-A14B": 81, "ti2v-5B": 121}
 
 
 def seconds(run, device, repeats=3, warmup=1):
@@ -47,10 +45,10 @@ def seconds(run, device, repeats=3, warmup=1):
         run()
     times = []
     for _ in range(repeats):
-        sync(device)
+        synchronize(device)
         start = time.perf_counter()
         run()
-        sync(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times), min(times), max(times)
 
@@ -59,7 +57,7 @@ def random_entries(kind, config, device, dtype):
     """{our name: Entry} of random numbers with sane statistics, made on the device when they are read."""
     def make(name, shape):
         generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        mean, deviation = fake_checkpoint.spread(name, shape)
+        mean, deviation = random_weights.spread(name, shape)
         return (torch.randn(shape, device=device, generator=generator) * deviation + mean).to(dtype)
     return {name: Entry(Path("random"), shape, dtype, lambda name=name, shape=shape: make(name, shape))
             for name, shape in parameter_shapes(kind, config).items()}
@@ -67,36 +65,51 @@ def random_entries(kind, config, device, dtype):
 
 # -------------------------------------------------------------------------------------------------------------------- stages
 
-def bench_denoiser(args, configs, device, dtype, shape):
-    cfg, (T, H, W) = configs["denoiser"], shape
-    tokens, video = token_counts(shape)[1], T * H * W // 4
-    matmul, attend = rates(cfg, Machine(device, dtype, quantize=args.fp8, attention8=args.attention8), min(tokens, 16384) if args.vram else tokens)
-    net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, dtype), device, dtype, args.fp8, args.resident)
-    if args.compile:
-        compile_blocks(net)
-    if args.attention8:
-        use_attention8(net)
+def clip_arguments(cfg, shape, random, text=60):
+    """Arguments of `prepare` beside the shape: a later clip of S2V, a picture for I2V, a clean first frame for TI2V.  random: sizes -> tensor"""
+    (T, H, W), arguments = shape, dict(text=random(1, min(text, cfg.text_len), cfg.text_dim))
+    if cfg.audio_dim:
+        return arguments | dict(audio=random(1, cfg.audio_states, cfg.audio_dim, 4 * T), ref=random(1, cfg.out_dim, 1, H, W),
+                                motion=random(1, cfg.out_dim, cfg.motion_latents, H, W))
+    if cfg.in_dim > cfg.out_dim:
+        return arguments | dict(image=random(1, cfg.in_dim - cfg.out_dim, T, H, W))
+    return arguments | dict(clean_frames=1 if cfg.out_dim == 48 else 0)
+
+
+def count_tokens(cfg, shape):
+    """Tokens of a forward, and of those of the video."""
+    video = shape[0] * shape[1] * shape[2] // 4
+    return token_counts(shape)[1] if cfg.audio_dim else video, video
+
+
+def random_denoiser(cfg, device, dtype, args, memory):
+    net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, dtype), device, dtype, args.fp8, memory.resident)
+    return blocks.FastDenoiser(net, args.chunk or memory.chunk, attention8.attention8 if args.attention8 else blocks.attend, args.compile,
+                               memory.host_layers)
+
+
+def bench_denoiser(args, configs, device, dtype, shape, memory):
+    cfg = configs["denoiser"]
+    tokens, video = count_tokens(cfg, shape)
+    config = RunConfig(device=device, dtype=dtype, attention8=args.attention8)
+    matmul, attend = rates(cfg, config, args.fp8, min(tokens, 16384) if args.vram else tokens)
+    net = random_denoiser(cfg, device, dtype, args, memory)
 
     def random(*size):
         return torch.randn(size, device=device, dtype=dtype)
-    ref, motion = random(1, cfg.out_dim, 1, H, W), random(1, cfg.out_dim, 19, H, W)
-    audio = random(1, cfg.audio_states, cfg.audio_dim, 4 * T)
-    cond = net.prepare(shape, random(1, 60, cfg.text_dim), audio, ref, motion, chunk=args.chunk)
-    if args.host_layers:
-        cond = replace(cond, layers=HostLayers(cond.layers))
-    conds = (cond, cond) if args.branches == 2 else (cond,)
-    latents, t = random(1, cfg.out_dim, T, H, W), torch.full((1,), 500, device=device)
+    cond = net.prepare(shape=shape, **clip_arguments(cfg, shape, random))
+    latents, t = random(1, cfg.out_dim, *shape), torch.full((1,), 500, device=device)
 
     def forward():
-        net.velocities(latents, t, conds)
+        return net(latents, t, cond)
     start = time.perf_counter()
     forward()
-    sync(device)
+    synchronize(device)
     first, (whole, _) = time.perf_counter() - start, memory_used(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    median, least, most = (s / len(conds) for s in seconds(forward, device, args.repeats))
+    median, least, most = seconds(forward, device, args.repeats)
     linear, attn = forward_flops(cfg, tokens, video)
     floor = linear / matmul + attn / attend
     steady, host = memory_used(device)
@@ -116,21 +129,20 @@ def bench_denoiser(args, configs, device, dtype, shape):
 
 def bench_error(args, configs, device, shape):
     """One forward in float32, in bfloat16, in float8 and with 8-bit attention, same weights and inputs: relative L2 differences."""
-    cfg, (T, H, W) = configs["denoiser"], shape
+    cfg = configs["denoiser"]
 
-    def forward(dtype, quantize=False, eight_bit_attention=False):
+    def forward(dtype, fp8=False, eight_bit_attention=False):
         torch.manual_seed(0)
-        net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, torch.bfloat16), device, dtype, quantize)
-        if eight_bit_attention:
-            use_attention8(net)
-        sizes = ((1, 60, cfg.text_dim), (1, cfg.audio_states, cfg.audio_dim, 4 * T), (1, cfg.out_dim, 1, H, W), (1, cfg.out_dim, 19, H, W))
-        cond = net.prepare(shape, *(torch.randn(size, device=device) for size in sizes), chunk=8192)
-        v = net(torch.randn(1, cfg.out_dim, T, H, W, device=device), torch.full((1,), 500, device=device), cond)
+        entries = random_entries("denoiser", cfg, device, torch.bfloat16)
+        net = blocks.FastDenoiser(materialise("denoiser", cfg, entries, device, dtype, fp8), 8192,
+                                  attention8.attention8 if eight_bit_attention else blocks.attend)
+        cond = net.prepare(shape=shape, **clip_arguments(cfg, shape, lambda *size: torch.randn(size, device=device)))
+        v = net(torch.randn(1, cfg.out_dim, *shape, device=device), torch.full((1,), 500, device=device), cond)
         del net, cond
         gc.collect()
         return v.double()
     full, half, eight = forward(torch.float32), forward(torch.bfloat16), forward(torch.bfloat16, True)
-    half8, eight8 = (forward(torch.bfloat16, quantize, True) for quantize in (False, True))
+    half8, eight8 = (forward(torch.bfloat16, fp8, True) for fp8 in (False, True))
 
     def gap(a, b):
         return float((a - b).norm() / b.norm())
@@ -159,19 +171,21 @@ def random_network(kind, configs, device, dtype):
     return materialise(kind, config, random_entries(kind, config, device, dtype), device, dtype)
 
 
-def bench_vae(args, configs, device, shape, decode):
+def bench_vae(args, configs, device, shape, memory, decode):
+    """S2V decodes behind 19 motion latents and encodes 73 frames; the others decode one clip and encode one picture."""
     vae, (T, H, W) = random_network("vae", configs, device, DTYPES[args.vae_dtype]), shape
-    vae.tiles = args.tiles
+    vae.tiles, s2v = args.tiles or memory.tiles, bool(configs["denoiser"].audio_dim)
     st, sh, sw = vae.stride
     if decode:
-        x = torch.randn(1, vae.config.z_dim, T + 19, H, W, device=device)
-        run, what = (lambda: decode_frames(vae, [x], 4 * T)), f"decode of {T + 19} latents, {4 * T} frames to the host"
+        latents, frames = (T + 19, st * T) if s2v else (T, 1 + st * (T - 1))
+        x = torch.randn(1, vae.config.z_dim, latents, H, W, device=device)
+        run, what = (lambda: decode_frames(vae, [x], frames)), f"decode of {latents} latents, {frames} frames to the host"
     else:
-        x = torch.rand(1, 3, 73, H * sh, W * sw, device=device) * 2 - 1
-        run, what = (lambda: vae.encode(x)), "encode of 73 frames"
+        x = torch.rand(1, 3, 73 if s2v else 1, H * sh, W * sw, device=device) * 2 - 1
+        run, what = (lambda: vae.encode(x)), f"encode of {x.shape[2]} frame{'s' * s2v}"
     median, least, most = seconds(run, device, args.repeats)
     gpu, host = memory_used(device)
-    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}, {args.tiles} tile{'s' * (args.tiles > 1)}: {median:.2f} s "
+    print(f"vae        {what} at {W * sw}x{H * sh} in {args.vae_dtype}, {vae.tiles} tile{'s' * (vae.tiles > 1)}: {median:.2f} s "
           f"({least:.2f} to {most:.2f}), peak {gpu:.1f} GiB reserved")
     return dict(s=median, peak_gpu_gib=gpu, peak_host_gib=host)
 
@@ -201,8 +215,8 @@ def bench_vae_error(configs, device, shape):
     return result
 
 
-def bench_text(args, configs, device, dtype):
-    net = materialise("text", configs["text"], random_entries("text", configs["text"], device, dtype), device, dtype, resident=args.text_resident)
+def bench_text(args, configs, device, dtype, memory):
+    net = materialise("text", configs["text"], random_entries("text", configs["text"], device, dtype), device, dtype, resident=memory.text_resident)
     ids = torch.randint(0, configs["text"].vocab, (1, 512), device=device)
     median, *_ = seconds(lambda: net(ids), device, args.repeats)
     gpu, host = memory_used(device)
@@ -220,15 +234,15 @@ def bench_audio(args, configs, device):
 
 
 def as_planned(args, configs, device, dtype, shape):
-    """The options as the plan for a card of --vram GB would have them; what the command line says goes first. raises ValueError if nothing fits"""
+    """How a run on a card of --vram GB would be planned -> MemoryPlan. raises ValueError if nothing fits"""
     dtypes = {kind: torch.float32 if kind in ("vae", "audio") else dtype for kind in configs}
-    checkpoint = fake_checkpoint.random_checkpoint("s2v-14B", configs, dtypes, Path("tokenizer.json"), boundary=None)
-    machine = Machine(device, dtype, DTYPES[args.vae_dtype], args.fp8, args.compile, args.attention8, resident=args.resident)
-    plan = fit(checkpoint, shape, token_counts(shape)[1], machine, device_limit(device, args.vram))
-    print(plan)
-    m = plan.machine
-    return argparse.Namespace(**vars(args) | dict(resident=m.resident, text_resident=m.text_resident, chunk=args.chunk or m.span,
-                                                  host_layers=m.host_layers, tiles=max(args.tiles, m.tiles)))
+    task = "s2v-14B" if args.preset == "tiny" else args.preset
+    checkpoint = random_weights.random_checkpoint(task, configs, dtypes, Path("tokenizer.json"))
+    config = RunConfig(device=device, dtype=dtype, vae_dtype=DTYPES[args.vae_dtype], fp8=args.fp8, compile=args.compile,
+                       attention8=args.attention8, resident=args.resident)
+    memory = plan_memory(config, checkpoint, shape, count_tokens(configs["denoiser"], shape)[0], free_memory(device, args.vram))
+    print(f"plan       denoiser {memory.denoiser / GIB:.2f} GiB, VAE {memory.vae / GIB:.2f}, text {memory.text / GIB:.2f}; {memory}")
+    return memory
 
 
 def afresh(run, device):
@@ -244,7 +258,8 @@ def compared(args, configs, device, dtype, shape, result):
     """The official forward beside ours, or why it could not be run."""
     try:
         from tests.parity_official import time_official
-        o = time_official(args.against, configs["denoiser"], shape, device, dtype, args.repeats)
+        task = "s2v-14B" if args.preset == "tiny" else args.preset
+        o = time_official(args.against, task, configs["denoiser"], shape, device, dtype, args.repeats)
     except (ImportError, OSError) as error:
         print(f"official   skipped: {error}")
         return dict(skipped=str(error))
@@ -255,25 +270,24 @@ def compared(args, configs, device, dtype, shape, result):
 
 
 def commit():
-    run = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    run = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
 
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=("s2v-14B", "tiny"), default="s2v-14B")
+    p.add_argument("--preset", choices=PRESETS, default="s2v-14B")
     p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "vae-error", "text", "audio", "error", "all"), default="dit")
     p.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="of the video (default 832x480)")
-    p.add_argument("--frames", type=int, default=80, help="of a clip (default 80)")
+    p.add_argument("--frames", type=int, help="of a clip (default: the task's own)")
     p.add_argument("--fp8", action="store_true", help="float8 weights and activations in the blocks")
     p.add_argument("--attention8", action="store_true", help="self-attention in 8 bits, off by 3.5%% of each attention output on random inputs")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks' per-token parts")
     p.add_argument("--resident", type=int, help="blocks that stay on the GPU, the others are streamed (default: all)")
     p.add_argument("--vram", type=float, help="GiB of a card to rehearse: run as the plan for it says; this process cannot take more")
     p.add_argument("--chunk", type=int, help="longest span of tokens worked on at once (default: none)")
-    p.add_argument("--branches", type=int, choices=(1, 2), default=1, help="guidance branches in one loop over the blocks (default 1)")
-    p.add_argument("--vae-dtype", choices=DTYPES, default="float16")
-    p.add_argument("--tiles", type=int, default=1, help="spatial tiles of the VAE (default 1)")
+    p.add_argument("--vae-dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+    p.add_argument("--tiles", type=int, help="spatial tiles of the VAE (default: 1, or as planned)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
     p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward too")
@@ -284,29 +298,34 @@ def parser():
 def main(args):
     device = pick_device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    configs = fake_checkpoint.released("s2v-14B") if args.preset == "s2v-14B" else fake_checkpoint.tiny("s2v-14B")
-    stride = configs["vae"].stride
-    for name, ok, want in (("repeats", args.repeats >= 1, "1 or more"), ("frames", args.frames >= 4 and args.frames % 4 == 0, "a multiple of 4"),
-                           ("size", all(n % (2 * stride[1]) == 0 for n in args.size), f"multiples of {2 * stride[1]}"),
-                           ("profile", not args.profile or device.type == "cuda", "a GPU")):
+    configs = random_weights.tiny("s2v-14B") if args.preset == "tiny" else random_weights.released(args.preset)
+    (st, sh, sw), s2v, frames = configs["vae"].stride, bool(configs["denoiser"].audio_dim), args.frames or FRAMES[args.preset]
+    for name, value, ok, want in (
+            ("repeats", args.repeats, args.repeats >= 1, "1 or more"),
+            ("frames", frames, frames >= st and frames % st == (0 if s2v else 1) and frames <= (MAX_CLIP_FRAMES if s2v else 1000),
+             f"a multiple of {st}, at most {MAX_CLIP_FRAMES}" if s2v else f"1 + a multiple of {st}"),
+            ("size", args.size, args.size[0] % (2 * sw) == 0 and args.size[1] % (2 * sh) == 0, f"multiples of {2 * sh}"),
+            ("profile", args.profile, not args.profile or device.type == "cuda", "a GPU")):
         if not ok:
-            raise ValueError(f"--{name} wants {want}, got {getattr(args, name)}")
-    shape = (args.frames // stride[0], args.size[1] // stride[1], args.size[0] // stride[2])
+            raise ValueError(f"--{name} wants {want}, got {value}")
+    shape = ((frames - (not s2v)) // st + (not s2v), args.size[1] // sh, args.size[0] // sw)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, commit {commit()}, {args.preset} at {args.size[0]}x{args.size[1]}, {args.frames} frames"
+    print(f"{name}, torch {torch.__version__}, commit {commit()}, {args.preset} at {args.size[0]}x{args.size[1]}, {frames} frames"
           f"{', fp8' * args.fp8}{', 8-bit attention' * args.attention8}{', compiled' * args.compile}")
+    args.vae_dtype = args.vae_dtype or ("float16" if device.type == "cuda" else "float32")
     if args.attention8:
         attention8.check(device)
-    args.host_layers, args.text_resident = args.resident is not None, None
-    if args.vram:
-        args = as_planned(args, configs, device, dtype, shape)
-    runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape),
-            "vae-decode": lambda: bench_vae(args, configs, device, shape, True),
-            "vae-encode": lambda: bench_vae(args, configs, device, shape, False),
-            "vae-error": lambda: bench_vae_error(configs, device, shape), "text": lambda: bench_text(args, configs, device, dtype),
+    cap_memory(device, args.vram)
+    memory = as_planned(args, configs, device, dtype, shape) if args.vram else \
+        MemoryPlan(resident=args.resident, host_layers=args.resident is not None)
+    runs = {"dit": lambda: bench_denoiser(args, configs, device, dtype, shape, memory),
+            "vae-decode": lambda: bench_vae(args, configs, device, shape, memory, True),
+            "vae-encode": lambda: bench_vae(args, configs, device, shape, memory, False),
+            "vae-error": lambda: bench_vae_error(configs, device, shape), "text": lambda: bench_text(args, configs, device, dtype, memory),
             "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
+    wanted = [stage for stage in runs if args.stage == stage or (args.stage == "all" and "error" not in stage and (stage != "audio" or s2v))]
     with torch.no_grad():
-        result = {stage: afresh(run, device) for stage, run in runs.items() if args.stage == stage or (args.stage == "all" and "error" not in stage)}
+        result = {stage: afresh(runs[stage], device) for stage in wanted}
         if args.against:
             result["official"] = afresh(lambda: compared(args, configs, device, dtype, shape, result), device)
     print(json.dumps(dict(gpu=name, torch=torch.__version__, commit=commit(), argv=sys.argv[1:], **result)))

@@ -18,7 +18,7 @@ PIECE = 2 ** 26      # bytes of one allocation of host memory
 ALIGN = 256          # parameters begin at multiples of so many bytes
 
 
-class Place(NamedTuple):
+class Buffer(NamedTuple):
     """Where one tensor lies in a run of bytes."""
     name: str
     start: int
@@ -30,13 +30,13 @@ class Place(NamedTuple):
         return data[self.start:self.stop].view(self.dtype).view(self.shape)
 
 
-def arrange(tensors):
-    """Lay tensors one behind another.  [(name, shape, dtype), ...] -> (Place, ...), bytes in all"""
-    places, end = [], 0
+def layout(tensors):
+    """Lay tensors one behind another.  [(name, shape, dtype), ...] -> (Buffer, ...), bytes in all"""
+    buffers, end = [], 0
     for name, shape, dtype in tensors:
-        places.append(Place(name, end, end + math.prod(shape) * dtype.itemsize, tuple(shape), dtype))
-        end = math.ceil(places[-1].stop / ALIGN) * ALIGN
-    return tuple(places), end
+        buffers.append(Buffer(name, end, end + math.prod(shape) * dtype.itemsize, tuple(shape), dtype))
+        end = math.ceil(buffers[-1].stop / ALIGN) * ALIGN
+    return tuple(buffers), end
 
 
 class HostRows:
@@ -55,8 +55,8 @@ class HostRows:
             yield self.pieces[i][at:at + n], data[:n]
             start, data = start + n, data[n:]
 
-    def write(self, row, place, x):
-        for host, part in self.parts(self.starts[row] + place.start, x.to(place.dtype).contiguous().view(-1).view(torch.uint8)):
+    def write(self, row, buffer, x):
+        for host, part in self.parts(self.starts[row] + buffer.start, x.to(buffer.dtype).contiguous().view(-1).view(torch.uint8)):
             host.copy_(part)
 
     def read(self, row, data):
@@ -71,7 +71,7 @@ def resident_blocks(n, resident):
 
 
 def footprint(layouts, resident):
-    """Bytes of device and of page-locked host memory that blocks take.  layouts: (places, bytes) of each, from `split`"""
+    """Bytes of device and of page-locked host memory that blocks take.  layouts: (buffers, bytes) of each, from `split`"""
     stay = resident_blocks(len(layouts), resident)
     streamed = [nbytes for i, (_, nbytes) in enumerate(layouts) if i not in stay]
     return max(streamed, default=0) * len(streamed[:2]) + sum(layouts[i][1] for i in stay), math.ceil(sum(streamed) / PIECE) * PIECE
@@ -81,7 +81,7 @@ def split(tensors, dtype_of):
     """Tell the blocks' tensors from the others, by headers alone.
 
     tensors  {name: Entry}, from checkpoints.py        dtype_of  function (name, Entry) -> dtype in which the parameter is kept
-    returns  (places, bytes) of each block, {name inside the block: Entry} of each block, {name: Entry} of the rest
+    returns  (buffers, bytes) of each block, {name inside the block: Entry} of each block, {name: Entry} of the rest
     """
     rest = {name: entry for name, entry in tensors.items() if not name.startswith("blocks.")}
     blocks = {}
@@ -89,23 +89,23 @@ def split(tensors, dtype_of):
         _, i, inner = name.split(".", 2)
         blocks.setdefault(int(i), {})[inner] = tensors[name]
     blocks = [blocks[i] for i in sorted(blocks)]
-    layouts = [arrange([(name, entry.shape, dtype_of(f"blocks.{i}.{name}", entry)) for name, entry in block.items()])
+    layouts = [layout([(name, entry.shape, dtype_of(f"blocks.{i}.{name}", entry)) for name, entry in block.items()])
                for i, block in enumerate(blocks)]
     return layouts, blocks, rest
 
 
-def bind(block, data, places):
+def bind(block, data, buffers):
     """Make the parameters of a meta-built block views of `data`."""
-    block.load_state_dict({place.name: place.view(data) for place in places}, strict=True, assign=True)
+    block.load_state_dict({buffer.name: buffer.view(data) for buffer in buffers}, strict=True, assign=True)
     return block.eval().requires_grad_(False)
 
 
 class Slot:
-    """Device memory for one block at a time, with a module for every layout that blocks have.  forms {places: meta-built block}"""
+    """Device memory for one block at a time, with a module for every layout that blocks have.  forms {buffers: meta-built block}"""
 
     def __init__(self, nbytes, device, forms, backend):
         self.data = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.modules = {places: bind(copy.deepcopy(block), self.data, places) for places, block in forms.items()}
+        self.modules = {buffers: bind(copy.deepcopy(block), self.data, buffers) for buffers, block in forms.items()}
         self.copied, self.consumed = backend.Event(), backend.Event()
         self.holds = None                                            # the block that is here or on its way
 
@@ -119,23 +119,23 @@ class Streamed:
     """
 
     def __init__(self, blocks, layouts, entries, device, resident, backend=None):
-        self.device, self.backend, self.layouts, self.kept = device, backend or torch.get_device_module(device), layouts, {}
+        self.device, self.backend, self.layouts, self.resident = device, backend or torch.get_device_module(device), layouts, {}
         stay = resident_blocks(len(blocks), resident)
         self.order = [i for i in range(len(blocks)) if i not in stay]
         self.host = HostRows([0 if i in stay else nbytes for i, (_, nbytes) in enumerate(layouts)], pin=device.type == "cuda")
-        for i, (places, nbytes) in enumerate(layouts):
+        for i, (buffers, nbytes) in enumerate(layouts):
             data = torch.empty(nbytes if i in stay else 0, dtype=torch.uint8, device=device)
-            for place in places:
-                x = entries[i][place.name].read()
-                place.view(data).copy_(x) if i in stay else self.host.write(i, place, x)
+            for buffer in buffers:
+                x = entries[i][buffer.name].read()
+                buffer.view(data).copy_(x) if i in stay else self.host.write(i, buffer, x)
             if i in stay:
-                self.kept[i] = bind(blocks[i], data, places)
+                self.resident[i] = bind(blocks[i], data, buffers)
         self.side = self.backend.Stream(device)
         forms, size = {layouts[i][0]: blocks[i] for i in self.order}, max((layouts[i][1] for i in self.order), default=0)
         self.slots = [Slot(size, device, forms, self.backend) for _ in self.order[:2]]
         for slot in self.slots if device.type == "cuda" else ():
             slot.data.record_stream(self.side)                       # once freed, not used by others before the last copy has ended
-        self.modules = [*self.kept.values(), *(module for slot in self.slots for module in slot.modules.values())]
+        self.modules = [*self.resident.values(), *(module for slot in self.slots for module in slot.modules.values())]
 
     def fetch(self, numbers):
         """Queue the copies of those of the next two streamed blocks that no slot holds, behind whatever still uses the slot."""
@@ -154,13 +154,13 @@ class Streamed:
         for slot in self.slots:
             slot.consumed.record(compute)                            # behind all that a loop that broke off has queued
         self.fetch(self.order[:2])
-        for i, (places, _) in enumerate(self.layouts):
-            if i in self.kept:
-                yield self.kept[i]
+        for i, (buffers, _) in enumerate(self.layouts):
+            if i in self.resident:
+                yield self.resident[i]
                 continue
             slot = next(slot for slot in self.slots if slot.holds == i)
             compute.wait_event(slot.copied)
-            yield slot.modules[places]
+            yield slot.modules[buffers]
             slot.consumed.record(compute)
             self.fetch(coming[coming.index(i) + 1:][:2])
 
@@ -181,19 +181,24 @@ def stream(module, tensors, device, dtype_of, resident=None):
     return module.eval().requires_grad_(False)
 
 
+def all_blocks(net):
+    """Every module that computes a block, in a ModuleList or in a stream."""
+    return net.blocks.modules if isinstance(net.blocks, Streamed) else net.blocks
+
+
 class HostLayers:
     """`Cond.layers` in host memory: item i comes to the device when it is asked for, in less than 1% of its block's time."""
 
     def __init__(self, layers):
         self.kind, self.device = type(layers[0]), layers[0][0].device
-        self.layouts = [arrange([(name, x.shape, x.dtype) for name, x in layer._asdict().items() if x is not None]) for layer in layers]
+        self.layouts = [layout([(name, x.shape, x.dtype) for name, x in layer._asdict().items() if x is not None]) for layer in layers]
         self.host = HostRows([nbytes for _, nbytes in self.layouts], pin=self.device.type == "cuda")
-        for i, (places, _) in enumerate(self.layouts):
-            for place in places:
-                self.host.write(i, place, getattr(layers[i], place.name))
+        for i, (buffers, _) in enumerate(self.layouts):
+            for buffer in buffers:
+                self.host.write(i, buffer, getattr(layers[i], buffer.name))
 
     def __getitem__(self, i):
-        places, nbytes = self.layouts[i]
+        buffers, nbytes = self.layouts[i]
         data = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         self.host.read(i, data)
-        return self.kind(**{place.name: place.view(data) for place in places})
+        return self.kind(**{buffer.name: buffer.view(data) for buffer in buffers})

@@ -1,112 +1,334 @@
-"""What fits where: from a checkpoint's headers, the sizes of a video and the memory there is -> what stays on the GPU, what is streamed to
-it, what is worked on in pieces, and what all that will take. Arithmetic alone; nothing is loaded.
+"""What will be made, and how it fits: from the user's choices, a checkpoint's headers and the free memory. Arithmetic alone; it reads the
+headers of sound and picture, loads no weights and touches no device.
 
 The denoiser's peak is during self-attention, which holds, beside the weights,
-    x                                            4 bytes per token and channel, once per guidance branch in the same loop
-    q, k, v                                      6 bytes, one branch at a time
-    the result                                   2 bytes; in 8 bits it takes the place of q, and v in float8 is 1 byte
-    what a clip's conditions keep at hand        both branches: RoPE, reference and motion tokens, text keys and values
-or, where many tokens are worked on at once, just before or behind it. All else gives way, in this order: both branches in one loop, whole
-spans, the text keys on the GPU, resident blocks. The VAE waits in host memory while the denoiser works; the denoiser stays when the VAE does.
+    x                                            4 bytes per token and channel
+    q, k, v                                      6 bytes; exact attention writes its result over q, 8-bit attention needs 1 byte for v
+    what a clip's conditions keep at hand        both guidance branches: RoPE, reference and motion tokens, text keys and values
+or, where many tokens are worked on at once, just before or behind it. If it does not fit: chunk the tokens; keep text keys and values on
+the host; offload blocks. The VAE waits in host memory while the denoiser works; the denoiser stays when the VAE does.
 """
 import math
-import os
-import re
-import resource
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from fast import fp8
+from audio import RATE, frame_columns, load_audio
 from fast import offload
-from fast.attention8 import attention8
-from model import Denoiser, attention_backend, self_attention
+from fast.probe import GIB, Memory
+from formats.checkpoints import stored_as
+from media.pictures import i2v_size, load_image, s2v_size, ti2v_size
+from media.video import probe
+from model import MOTION_BUCKETS, PATCH
+from sampling import SOLVERS
 from vae import peak_bytes
 
-GIB = 2 ** 30
-USABLE = 0.9                 # of a card's memory: the rest goes to the CUDA context and a desktop
+FPS = 16                     # of S2V: audio frames are made at this rate
+WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
+MAX_CLIP_FRAMES = 120        # 30 latent frames have RoPE times 0..29; the reference picture has 30 and must not be met
+
 OVERHEAD = 0.9 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 without a limit reserved 0.7 to 1.1 more
 VAE_OVERHEAD = 0.3 * GIB
 HOST_OVERHEAD = 1.8 * GIB    # PyTorch, CUDA and Python: an H200 machine had 16.9 GiB in use with 15.2 pinned
 VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
-SPAN = 8192                  # tokens worked on at once when memory is short: enough for full speed
+CHUNK = 8192                 # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.5 * GIB
 TILES = 4                    # of the VAE: more cost time
+COMPILE_SECONDS = 25         # what compiling takes, once per run (H200: 20 to 30 s)
+COMPILE_GAIN = 8e-11         # seconds that it saves per token, channel and layer of a forward (H200: 0.58 s at 33,540 tokens, 5120 channels, 40)
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where and how the networks of one run work."""
-    device: torch.device
-    dtype: torch.dtype                   # of the large linear layers
-    vae_dtype: torch.dtype | None = None # None: float16 on a GPU, float32 on a CPU
-    quantize: bool = False               # cast the denoiser's large matrices to float8 while loading
-    compiled: bool = False               # torch.compile the blocks
-    attention8: bool = False             # self-attention in 8 bits
-    one_loop: bool = True                # both guidance branches in one pass over the blocks
-    span: int | None = None              # longest run of tokens worked on at once
-    host_layers: bool = False            # text keys and values wait in host memory
-    resident: int | None = None          # denoiser blocks that stay on the device; None: all
+class RunConfig:
+    """What the user chose, for one video of any task. None stands for the checkpoint's own value, or for the best one."""
+    audio: str | None = None
+    image: str | None = None
+    prompt: str = ""
+    negative_prompt: str | None = None
+    size: tuple[int, int] | None = None   # (width, height): with a picture, their product is a budget and the picture's shape is kept
+    steps: int | None = None
+    shift: float | None = None
+    guidance: float | tuple[float, ...] | None = None   # one value, or (low noise, high noise)
+    solver: str | None = None
+    seed: int = 42                        # of clip 0; clip r has seed + r
+    frames: int | None = None             # of the whole video, at most
+    clips: int | None = None              # at most; the audio may need fewer
+    clip_frames: int | None = None        # pixel frames made at once: a multiple of 4, at most 120
+    pose_video: str | None = None
+    start_from_ref: bool = False          # the first clip begins with the reference picture itself
+    start: float = 0.0                    # seconds into the audio
+    duration: float | None = None         # seconds of audio to use
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype | None = None      # of the large linear layers: bfloat16 on a GPU, float32 on a CPU
+    vae_dtype: torch.dtype | None = None  # float16 on a GPU, float32 on a CPU
+    fp8: bool = False                     # cast the denoiser's large matrices to float8 while loading
+    compile: bool | None = None           # the per-token parts of the blocks; None: where it saves more than it takes
+    attention8: bool = False              # self-attention in 8 bits
+    resident: int | None = None           # denoiser blocks that stay on the device; None: as many as fit
+
+    def resolve(self, checkpoint):
+        """Fill in the checkpoint's values and check all.  raises ValueError with the name, what is wanted and what came"""
+        s, gpu, s2v = checkpoint.sampling, self.device.type == "cuda", bool(checkpoint.configs["denoiser"].audio_dim)
+        defaults = {name: s[name] for name in ("steps", "shift", "guidance", "solver", "negative_prompt", "size")}
+        defaults |= {"clip_frames" if s2v else "frames": s["frames"], "dtype": torch.bfloat16 if gpu else torch.float32,
+                     "vae_dtype": torch.float16 if gpu else torch.float32}
+        o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        o = replace(o, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
+        for name, ok, want in (
+                ("steps", 1 <= o.steps <= 1000, "1 to 1000"),
+                ("shift", 0 < o.shift <= 100, "above 0, at most 100"),
+                ("guidance", all(0 <= g <= 50 for g in o.guidance), "0 to 50 (1 or less turns guidance off)"),
+                ("solver", o.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+                ("seed", 0 <= o.seed < 2 ** 63, "0 to 2^63 - 1"),
+                ("size", len(o.size) == 2 and min(o.size) >= 1, "two positive numbers, width and height"),
+                ("frames", o.frames is None or o.frames >= 1, "1 or more"),
+                ("clips", o.clips is None or o.clips >= 1, "1 or more"),
+                ("start", o.start >= 0, "0 or more seconds"),
+                ("duration", o.duration is None or o.duration > 0, "more than 0 seconds"),
+                ("clip_frames", o.clip_frames is None or (o.clip_frames % 4 == 0 and 4 <= o.clip_frames <= MAX_CLIP_FRAMES),
+                 f"a multiple of 4 (a latent frame is 4 frames) up to {MAX_CLIP_FRAMES} (more would meet the reference picture's position)")):
+            if not ok:
+                raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
+        return o
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run fits, and the bytes that it will take."""
+    chunk: int | None = None     # most tokens worked on at once
+    host_layers: bool = False    # text keys and values wait in host memory
+    resident: int | None = None  # denoiser blocks that stay on the device; None: all
     text_resident: int | None = None     # the same for the text encoder
-    tiles: int = 1                       # spatial tiles of the VAE
-
-    def __post_init__(self):
-        object.__setattr__(self, "vae_dtype", self.vae_dtype or (torch.float16 if self.device.type == "cuda" else torch.float32))
-
-    @property
-    def short(self):
-        return self.resident is not None
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A machine and what it will take, in bytes."""
-    machine: Machine
-    limit: int | None                    # of device memory; None on a CPU
-    denoiser: int
-    weights: int                         # of the denoiser on the device
-    streamed: int                        # of the denoiser in pinned host memory
-    host: int                            # of host memory, mapped files not counted
-    text: int
-    vae: int
-    blocks: tuple[int, int]              # resident, all
-    fp8: bool = False                    # are the denoiser's large matrices float8, by the checkpoint or by choice?
+    tiles: int = 1               # spatial tiles of the VAE
+    blocks: int = 0              # that there are
+    fp8: bool = False            # are the denoiser's large matrices float8, by the checkpoint or by choice?
+    denoiser: int = 0            # bytes of the device while it works
+    weights: int = 0             # of them its weights
+    text: int = 0
+    vae: int = 0
+    streamed: int = 0            # of the denoiser in pinned host memory
+    host: int = 0                # of host memory, mapped files not counted
 
     @property
     def peak(self):
         return max(self.denoiser, self.text, self.vae)
 
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be made, and what it takes."""
+    config: RunConfig            # with every value filled in
+    task: str
+    fps: float
+    height: int                  # of a frame in pixels
+    width: int
+    clips: int
+    frames: int                  # of the whole video
+    latent_shape: tuple[int, int, int]   # T, H, W of one clip
+    tokens: tuple[int, ...]      # of the first clip, and where there are several of a later one
+    sound: torch.Tensor | None   # (samples,) 16 kHz mono
+    denoiser: object             # its Config
+    sizes: dict[str, float]      # component -> GiB on disk
+    memory: MemoryPlan
+    free: Memory
+
+    @property
+    def video_tokens(self):
+        return math.prod(self.latent_shape) // math.prod(PATCH)
+
+    @property
+    def forwards(self):
+        return self.clips * self.config.steps * (2 if max(self.config.guidance) > 1 else 1)
+
     def __str__(self):
-        m, (free, _) = self.machine, host_memory()
-        host = f"host {self.host / GIB:.1f} of {free / GIB:.1f} GiB free" + "; expect swapping" * (self.host > free)
-        if self.limit is None:
+        o, sound = self.config, []
+        made, cut = f"{self.width}x{self.height}", ""
+        if self.sound is not None:
+            heard, shown = len(self.sound) / RATE, self.frames / FPS
+            sound = [f"sound    {heard:.2f} s of {Path(o.audio).name}"]
+            made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
+            if abs(heard - shown) >= 1 / FPS:
+                cut = f"; {'sound' if heard > shown else 'picture'} cut to {min(heard, shown):.2f} s, the shorter of the two"
+        tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if self.sound is not None else "")
+        return "\n".join((
+            *sound,
+            f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
+            f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
+            f"tokens   {tokens}",
+            f"weights  {size_table(self.sizes)}",
+            self.memory_text()))
+
+    def memory_text(self):
+        o, m, free = self.config, self.memory, self.free
+        host = f"host {m.host / GIB:.1f} of {free.host / GIB:.1f} GiB free" + "; expect swapping" * (m.host > free.host)
+        if free.device is None:
             return f"memory   CPU, float32: {host}"
-        how = [f"{self.blocks[0]} of {self.blocks[1]} blocks resident" if m.short else "all blocks resident"]
-        how += ["both guidance branches in one loop"] * m.one_loop + [f"{m.span} tokens at once"] * bool(m.span)
-        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * self.fp8 + ["8-bit attention"] * m.attention8
-        how += ["compiled"] * m.compiled
-        gib = {name: f"{getattr(self, name) / GIB:.1f}" for name in ("peak", "limit", "denoiser", "weights", "text", "vae", "streamed")}
+        how = [f"{m.resident} of {m.blocks} blocks resident" if m.resident is not None else "all blocks resident"]
+        how += [f"{m.chunk} tokens at once"] * bool(m.chunk) + ["text keys on the host"] * m.host_layers
+        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.fp8 + ["8-bit attention"] * o.attention8
+        how += ["compiled"] * bool(o.compile)
+        gib = {name: f"{getattr(m, name) / GIB:.1f}" for name in ("peak", "denoiser", "weights", "text", "vae", "streamed")}
         return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}; "
-                "{streamed} pinned on the host\n".format(**gib) +
+                "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
                 f"         {host}\n         {', '.join(how)}")
 
 
-def kept_as(part, machine):
-    """function (name, entry) -> dtype in which a parameter of this part will be on the device"""
-    def dtype_of(name, entry):
-        if entry.dtype == torch.float8_e4m3fn or name.endswith(".weight_scale"):
-            return entry.dtype
-        return Denoiser.storage_dtype(name, machine.dtype) if part.kind == "denoiser" else machine.dtype
-    return dtype_of
+def size_table(sizes):
+    """{component: GiB} -> one line"""
+    return ", ".join(f"{name} {gib:.1f} GiB" if gib >= 1 else f"{name} {1024 * gib:.1f} MiB" for name, gib in sizes.items())
 
 
-def weigh(part, machine):
+# ------------------------------------------------------------------------------------------------------------- what will be made
+
+def make_plan(config, checkpoint, free):
+    """RunConfig, Checkpoint (of which headers are read), Memory -> Plan.
+
+    raises  ValueError for inputs that the task cannot use, and where it cannot fit, with the option that would make it fit
+    """
+    config, cfg, vae = config.resolve(checkpoint), checkpoint.configs["denoiser"], checkpoint.configs["vae"]
+    kind = checkpoint.task.split("-")[0]
+    check_inputs(config, checkpoint.task, kind, vae.stride[0])
+    height, width = frame_size(config, kind, vae.stride[1])
+    H, W = height // vae.stride[1], width // vae.stride[2]
+    fields = dict(task=checkpoint.task, height=height, width=width, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
+    if kind == "s2v":
+        shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
+        clips, frames = count_clips(config, checkpoint.configs["audio"].columns(len(sound)))
+        fields |= dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=token_counts(shape))
+        longest = fields["tokens"][clips > 1 or config.start_from_ref]
+    else:
+        shape = 1 + (config.frames - 1) // vae.stride[0], H, W
+        longest = shape[0] * (H // PATCH[1]) * (W // PATCH[2])
+        fields |= dict(fps=checkpoint.sampling["fps"], clips=1, frames=config.frames, sound=None, tokens=(longest,))
+    if config.compile is None:
+        forwards = fields["clips"] * config.steps * (2 if max(config.guidance) > 1 else 1)
+        gain = forwards * longest * cfg.n_layer * cfg.dim * COMPILE_GAIN
+        config = replace(config, compile=config.device.type == "cuda" and gain > COMPILE_SECONDS)
+    return Plan(config, latent_shape=shape, memory=plan_memory(config, checkpoint, shape, longest, free), **fields)
+
+
+def check_inputs(o, task, kind, stride):
+    """raises ValueError for what the task needs and was not given, or was given and cannot use"""
+    if kind == "s2v":
+        for name in ("audio", "image"):
+            if getattr(o, name) is None:
+                raise ValueError(f"{task} needs an {name}: give a file")
+        if o.pose_video and probe(o.pose_video, count=False).video_codec is None:
+            raise ValueError(f"{o.pose_video} holds no picture: wanted a pose video")
+        return
+    if o.audio or o.pose_video:
+        raise ValueError(f"{task} makes silent video: leave out the audio and the pose video, or use an S2V checkpoint")
+    if kind == "t2v" and o.image:
+        raise ValueError(f"{task} takes a prompt and no picture, got {o.image}: leave it out, or use an I2V or TI2V checkpoint")
+    if kind == "i2v" and not o.image:
+        raise ValueError(f"{task} needs a picture: give one")
+    if kind != "i2v" and not o.prompt.strip():
+        raise ValueError(f"{task} needs a prompt: say what is to be seen")
+    if o.frames % stride != 1:
+        raise ValueError(f"frames must be 1 + a multiple of {stride}, got {o.frames}: take {o.frames - (o.frames - 1) % stride}")
+
+
+def frame_size(o, kind, stride):
+    """(height, width) of a frame: the picture's shape within the pixel budget, or without a picture exactly what was asked for."""
+    width, height = o.size
+    if o.image:
+        rule, step = {"s2v": (s2v_size, 8), "i2v": (i2v_size, 2), "ti2v": (ti2v_size, 2)}[kind]
+        picture = load_image(o.image)
+        return rule(picture.height, picture.width, width * height, step=step * stride)
+    if width % (2 * stride) or height % (2 * stride):
+        raise ValueError(f"width and height must be multiples of {2 * stride}, got {width}x{height}: "
+                         f"take {max(1, round(width / 2 / stride)) * 2 * stride}x{max(1, round(height / 2 / stride)) * 2 * stride}")
+    return height, width
+
+
+def count_clips(o, columns):
+    """columns: of wav2vec2, 50 a second -> clips, frames of the whole video"""
+    _, clips = frame_columns(int(columns / 50 * 30), FPS, o.clip_frames)
+    clips, dropped = min(o.clips or clips, clips), 0 if o.start_from_ref else WARM_UP
+    if o.frames:
+        clips = min(clips, -(-(o.frames + dropped) // o.clip_frames))
+    total = clips * o.clip_frames - dropped
+    return clips, min(total, o.frames or total)
+
+
+def token_counts(latent_shape):
+    """Tokens of an S2V clip with (T, H, W) latents: (first clip, later clip with motion tokens)."""
+    T, H, W = latent_shape
+    first = (T + 1) * (H // PATCH[1]) * (W // PATCH[2])              # video and reference
+    return first, first + sum(frames // t * (H // h) * (W // w) for _, frames, (t, h, w) in MOTION_BUCKETS)
+
+
+# --------------------------------------------------------------------------------------------------------------------- how it fits
+
+def plan_memory(config, checkpoint, latent_shape, tokens, free):
+    """Choose how to run so that it fits -> MemoryPlan.
+
+    latent_shape  (T, H, W) of a clip        tokens  of its longest forward        config  `resident` is kept if given
+    raises        ValueError with the option that would make it fit
+    """
+    chosen = choose(config, checkpoint, latent_shape, tokens, free)
+    if not 0 <= (config.resident or 0) <= chosen.blocks:
+        raise ValueError(f"of the denoiser's blocks 0 to {chosen.blocks} can be resident, got {config.resident}")
+    if free.device is not None and chosen.peak > free.device:
+        remedies = {"leave out --resident": replace(config, resident=None), "leave out --attention8": replace(config, attention8=False),
+                    "add --vae-dtype float16": replace(config, vae_dtype=torch.float16)}
+        if not chosen.fp8:
+            remedies["add --fp8"] = replace(config, fp8=True)
+        helps = [remedy for remedy, other in remedies.items()
+                 if other != config and choose(other, checkpoint, latent_shape, tokens, free).peak <= free.device]
+        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {free.device / GIB:.1f} are there: "
+                         f"{helps[0] if helps else 'choose a smaller --size or fewer frames'}")
+    if chosen.host > free.host_total:
+        raise ValueError(f"{chosen.host / GIB:.1f} GiB of host memory are wanted, this machine has {free.host_total / GIB:.1f}: "
+                         f"{'choose a smaller --size' if chosen.fp8 or free.device is None else 'add --fp8'}")
+    return chosen
+
+
+def choose(config, checkpoint, latent_shape, tokens, free):
+    """The first way to run that fits, or the smallest -> MemoryPlan.  Arguments as `plan_memory`"""
+    cfg, vae_cfg, (T, H, W), limit = checkpoint.configs["denoiser"], checkpoint.configs["vae"], latent_shape, free.device
+    text, expert = weigh(checkpoint.parts["text"], config), checkpoint.parts[checkpoint.experts[0]]
+    weigh_expert = weigh(expert, config)
+    fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
+    vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * config.vae_dtype.itemsize
+    frame = 3 * H * vae_cfg.stride[1] * W * vae_cfg.stride[2]
+    video = 4 * frame * (3 * 4 * T + 73) + vae + HOST_OVERHEAD       # two clips of float32 frames, and one of them joined to its history
+    weights, _, n = weigh_expert(None)
+    if limit is None:
+        peak = int(weights * len(checkpoint.experts) + activation_bytes(config, cfg, tokens, MemoryPlan(fp8=fp8)))
+        return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, host=int(max(peak, text(None)[0]) + video))
+    cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype)
+    ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
+    choices = [(way, config.resident) for way in ways]
+    if config.resident is None:
+        choices += [(ways[-1], resident) for resident in range(n - 1, -1, -1)]
+    for way, resident in choices:
+        chosen = MemoryPlan(resident=resident, blocks=n, fp8=fp8, **way)
+        weights, pinned, _ = weigh_expert(resident)
+        denoiser = weights + activation_bytes(config, cfg, tokens, chosen)
+        tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
+        if max(denoiser, weights + vae + decode) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
+            break                                                    # streaming costs less than tiles
+    text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
+    text_peak, text_pinned, _ = text(text_resident)
+    host = max(text_pinned, pinned + 2 * layer_bytes(cfg, config) * chosen.host_layers) + video
+    if tiles > 1:                                                    # all pieces of a decoding wait on the host: pixels, and what they are made from
+        host += ((4 * T + 73) * frame + (T + 19) * H * W * vae_cfg.dec_dim * vae_cfg.dim_mult[-1]) * config.vae_dtype.itemsize
+    return replace(chosen, text_resident=text_resident, tiles=tiles, denoiser=int(denoiser), weights=int(weights), streamed=pinned,
+                   host=int(host), text=int(text_peak + TEXT_ACTIVATIONS), vae=int(weights + vae + decode))
+
+
+def weigh(part, config):
     """function (number of resident blocks or None: all) -> bytes of a part's parameters on the device, in pinned host memory, number of blocks"""
-    tensors = fp8.quantized(part.tensors) if machine.quantize and part.kind == "denoiser" else part.tensors
-    dtype_of = kept_as(part, machine)
+    tensors = part.tensors
+    if config.fp8 and part.kind == "denoiser":
+        from fast import fp8                                         # here: planning without it does not need it
+        tensors = fp8.quantized(tensors)
+
+    def dtype_of(name, entry):
+        stored = entry.dtype == torch.float8_e4m3fn or name.endswith(".weight_scale")
+        return entry.dtype if stored else stored_as(part.kind, name, config.dtype)
     layouts, _, rest = offload.split(tensors, dtype_of)
     always = sum(math.prod(e.shape) * dtype_of(name, e).itemsize for name, e in rest.items())
 
@@ -116,188 +338,24 @@ def weigh(part, machine):
     return weights
 
 
-def activation_bytes(cfg, tokens, machine):
-    """Of one denoiser step, at its peak: in self-attention, or while a span's q, k, v are made, or in the rest of the block for one span."""
-    C, F, span, two = cfg.dim, cfg.ffn_dim, min(machine.span or tokens, tokens), machine.dtype.itemsize
-    attend = 7 * C * tokens if machine.attention8 else 0             # exact attention writes in place, QUERIES at a time: less than `project`
-    project = (6 * two if machine.compiled else 8 * two + 7) * C * span + 3 * two * C * tokens
-    hidden = (3 if machine.compiled else 11) if machine.quantize else 2 * two                # bytes per token and channel of the FFN
-    finish = (3 * two * C + hidden * F) * span + two * C * tokens
-    keys = 0 if machine.host_layers else 2 * layer_bytes(cfg, machine)
+def activation_bytes(config, cfg, tokens, memory):
+    """Of one denoiser step at its peak: in self-attention, or while q, k, v of a chunk are made, or in the rest of the block for one chunk."""
+    C, F, chunk, two = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
+    attend = 7 * C * tokens if config.attention8 else 0              # exact attention writes in place, QUERIES at a time: less than `project`
+    project = (6 * two if config.compile else 8 * two + 7) * C * chunk + 3 * two * C * tokens
+    hidden = (3 if config.compile else 11) if memory.fp8 else 2 * two            # bytes per token and channel of the FFN
+    finish = ((3 * two if config.compile else 3 * two + 8) * C + hidden * F) * chunk + two * C * tokens
+    keys = 0 if memory.host_layers else 2 * layer_bytes(cfg, config)
     conditions = 2 * tokens * (4 * C // cfg.n_head + two * C // 8)   # RoPE; reference and motion: an eighth of the tokens
-    return (2 if machine.one_loop else 1) * 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD
+    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD
 
 
-def layer_bytes(cfg, machine):
+def layer_bytes(cfg, config):
     """The text keys and values of all blocks, for one guidance branch."""
-    return cfg.n_layer * 2 * cfg.text_len * cfg.dim * machine.dtype.itemsize
-
-
-def pick_device(name, rank=None):
-    """auto, cpu, cuda:1, or cuda: of several the one with number `rank` -> torch.device.  raises ValueError if it is not there"""
-    there = torch.cuda.device_count()
-    name = ("cuda" if there else "cpu") if name == "auto" else name
-    name = f"cuda:{rank}" if name == "cuda" and rank is not None else name
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if not found or name != "cpu" and int(found[1] or 0) >= there:
-        raise ValueError(f"device must be cpu, cuda, cuda:1 or auto, got {name}: PyTorch {torch.__version__} sees {there} CUDA GPUs")
-    return torch.device(name)
-
-
-def device_limit(device, vram=None):
-    """Bytes of device memory that a run may take. vram: GiB of a card to rehearse, made binding for this process. None on a CPU."""
-    if device.type != "cuda":
-        return None
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    free, total = torch.cuda.mem_get_info(device)
-    limit = int(0.97 * free)
-    if vram is not None:
-        limit = min(limit, int(vram * USABLE * GIB))
-        torch.cuda.set_per_process_memory_fraction(limit / total, device)
-    return limit
-
-
-def fit(checkpoint, latent_shape, tokens, machine, limit):
-    """Choose how to run so that it fits.
-
-    latent_shape  (T, H, W) of a clip        tokens  of its longest forward        machine  the user's choices; `resident` is kept if given
-    limit         bytes of device memory, None on a CPU
-    returns       Fit                        raises  ValueError with the option that would make it fit
-    """
-    chosen = choose(checkpoint, latent_shape, tokens, machine, limit)
-    if not 0 <= (machine.resident or 0) <= chosen.blocks[1]:
-        raise ValueError(f"of the denoiser's blocks 0 to {chosen.blocks[1]} can be resident, got {machine.resident}")
-    if limit is not None and chosen.peak > limit:
-        remedies = {"leave out --resident": replace(machine, resident=None), "leave out --attention8": replace(machine, attention8=False),
-                    "add --vae-dtype float16": replace(machine, vae_dtype=torch.float16)}
-        if not chosen.fp8:
-            remedies["add --fp8"] = replace(machine, quantize=True)
-        helps = [remedy for remedy, other in remedies.items()
-                 if other != machine and choose(checkpoint, latent_shape, tokens, other, limit).peak <= limit]
-        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {limit / GIB:.1f} are there: "
-                         f"{helps[0] if helps else 'choose a smaller --size or fewer frames'}")
-    if chosen.host > host_memory()[1]:
-        raise ValueError(f"{chosen.host / GIB:.1f} GiB of host memory are wanted, this machine has {host_memory()[1] / GIB:.1f}: "
-                         f"{'choose a smaller --size' if chosen.fp8 or limit is None else 'add --fp8'}")
-    return chosen
-
-
-def choose(checkpoint, latent_shape, tokens, machine, limit):
-    """The first way to run that fits, or the smallest -> Fit.  Arguments as `fit`"""
-    cfg, (T, H, W) = checkpoint.configs["denoiser"], latent_shape
-    expert, text = checkpoint.parts[checkpoint.experts[0]], weigh(checkpoint.parts["text"], machine)
-    weigh_expert = weigh(expert, machine)
-    in_fp8 = machine.quantize or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
-    vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * machine.vae_dtype.itemsize
-    _, rows, columns = checkpoint.configs["vae"].stride
-    frame = 3 * H * rows * W * columns
-    video = 4 * frame * (3 * 4 * T + 73) + vae + HOST_OVERHEAD       # two clips of float32 frames, and one of them joined to its history
-    weights, _, n = weigh_expert(None)
-    if limit is None:
-        machine = replace(machine, resident=None)
-        peak = weights * len(checkpoint.experts) + activation_bytes(cfg, tokens, machine)
-        return Fit(machine, None, peak, weights, 0, max(peak, text(None)[0]) + video, 0, 0, (n, n), in_fp8)
-    cuts = vae_cuts(checkpoint.configs["vae"], H, W, machine.vae_dtype)
-    ways = [dict(), dict(one_loop=False), dict(one_loop=False, span=SPAN), dict(one_loop=False, span=SPAN // 2, host_layers=True)]
-    choices = [(way, machine.resident) for way in ways]
-    if machine.resident is None:
-        choices += [(ways[-1], resident) for resident in range(n - 1, -1, -1)]
-    for way, resident in choices:
-        chosen = replace(machine, resident=resident, **way)
-        weights, pinned, _ = weigh_expert(resident)
-        denoiser = weights + activation_bytes(cfg, tokens, replace(chosen, quantize=in_fp8))
-        tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
-        if max(denoiser, weights + vae + decode) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
-            break                                                    # streaming costs less than tiles
-    text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
-    text_peak, text_pinned, _ = text(text_resident)
-    host = max(text_pinned, pinned + 2 * layer_bytes(cfg, chosen) * chosen.host_layers) + video
-    if tiles > 1:                                                    # all pieces of a decoding wait on the host: pixels, and what they are made from
-        wide = checkpoint.configs["vae"].dec_dim * checkpoint.configs["vae"].dim_mult[-1]
-        host += ((4 * T + 73) * frame + (T + 19) * H * W * wide) * machine.vae_dtype.itemsize
-    chosen, blocks = replace(chosen, text_resident=text_resident, tiles=tiles), (n if resident is None else resident, n)
-    return Fit(chosen, limit, int(denoiser), int(weights), pinned, int(host), int(text_peak + TEXT_ACTIVATIONS), int(weights + vae + decode),
-               blocks, in_fp8)
+    return cfg.n_layer * 2 * cfg.text_len * cfg.dim * config.dtype.itemsize
 
 
 def vae_cuts(config, H, W, dtype):
     """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
     return [(tiles, VAE_WORKSPACE * peak_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
             for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
-
-
-# ----------------------------------------------------------------------------------------------------------------- time and use
-
-def forward_flops(cfg, tokens, video_tokens):
-    """Operations of one forward -> (in linear layers and text attention, in self-attention); a multiply and an add are two."""
-    C, S = cfg.dim, cfg.text_len
-    linear = cfg.n_layer * 2 * tokens * (6 * C * C + 2 * C * cfg.ffn_dim) + len(cfg.audio_layers) * 2 * video_tokens * 2 * C * C
-    return linear + cfg.n_layer * 4 * tokens * S * C, cfg.n_layer * 4 * tokens * tokens * C
-
-
-def rates(cfg, machine, tokens, repeats=3):
-    """FLOP/s of plain matrix products and of attention at this network's shapes, both as the machine will do them: the best of some calls."""
-    device, dtype, C = machine.device, machine.dtype, cfg.dim
-    x, w, q, k, v = (torch.randn(size, device=device, dtype=dtype) for size in (
-        (min(tokens, 32768), C), (cfg.ffn_dim, C), *[(1, tokens, cfg.n_head, C // cfg.n_head)] * 3))
-    attend = attention8 if machine.attention8 else self_attention
-
-    def product():
-        return F.linear(x, w)
-    if machine.quantize and fp8.multiplies_fp8(device):
-        (a, a_scale), (b, b_scale) = fp8.quantize(x), fp8.quantize_weight(w)
-
-        def product():
-            return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=dtype, use_fast_accum=fp8.FAST_ACCUM)
-
-    def seconds(run, *arguments):
-        times = []
-        for _ in range(repeats + 1):                                 # the first call is a warm-up
-            fresh = [x.clone() for x in arguments]                   # 8-bit attention writes over them
-            synchronize(device)
-            start = time.perf_counter()
-            run(*fresh)
-            synchronize(device)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-    with attention_backend(device):
-        return 2 * len(x) * C * cfg.ffn_dim / seconds(product), 4 * tokens * tokens * C / seconds(attend, q, k, v)
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def estimate_seconds(cfg, machine, tokens, video_tokens, forwards):
-    """Of the denoising, from a probe of a second: 85% of the rates it finds."""
-    some = min(tokens, 8192 if machine.device.type == "cuda" else 1024)
-    (matmul, attend), (linear, attn) = rates(cfg, machine, some), forward_flops(cfg, tokens, video_tokens)
-    return forwards * (linear / matmul + attn / attend) / 0.85
-
-
-def memory_used(device):
-    """Highest device memory reserved and host memory resident so far, mapped files included, GiB."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    return (torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0), host
-
-
-def fields(path):
-    """{name: bytes} of a file such as /proc/meminfo; {} where there is none."""
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
-
-
-def host_memory():
-    """Bytes of host memory that are free, and that there are."""
-    known, total = fields("/proc/meminfo"), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return known.get("MemAvailable", total), known.get("MemTotal", total) + known.get("SwapTotal", 0)
-
-
-def private_memory():
-    """Host memory of this process without mapped files, which the system takes back when it is short, GiB; 0 where it is not told."""
-    known = fields("/proc/self/status")
-    return (known.get("RssAnon", 0) + known.get("RssShmem", 0)) / GIB

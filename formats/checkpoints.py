@@ -370,7 +370,7 @@ def stored_as(kind, name, dtype):
     """The dtype of a parameter when its network runs in `dtype`."""
     if name.endswith(".weight_scale"):
         return torch.float32
-    return model.Denoiser.storage_dtype(name, dtype) if kind == "denoiser" else dtype
+    return torch.float32 if kind == "denoiser" and ("norm" in name or name.endswith("modulation")) else dtype
 
 
 def materialise(kind, config, tensors, device="cpu", dtype=None, quantize=False, resident=None):

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 from formats import checkpoints
 from audio import audio_features
-from model import attention_backend
-from solver import make_solver
+from fast.blocks import FastDenoiser, attention_backend
+from sampling import make_solver
 from text import Tokenizer, encode_prompt
 
 PROMPTS = {"prompt": "A woman in a red coat talks to the camera, soft light.", "unclean prompt": "  caf&amp;eacute;\n\t&lt;3 ",
@@ -355,19 +355,20 @@ def compare(weights, repo, device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def time_official(repo, config, shape, device, dtype, repeats=3):
-    """One S2V forward of a later clip, official and ours on the same random weights, in turns.
+def time_official(repo, task, config, shape, device, dtype, repeats=3):
+    """One forward (S2V: of a later clip), official and ours on the same random weights, in turns.
 
-    config   model.Config with audio_dim        shape  (T, H, W) of the latents        dtype  float32, or bfloat16 on a GPU
+    config   model.Config of the task        shape  (T, H, W) of the latents        dtype  float32, or bfloat16 on a GPU
     returns  median seconds: s_per_forward (official; does everything again each time), ours_s_per_forward and ours_prepare_s (once per clip
              and guidance branch); ratio = ours / official, median over the turns, which a busy machine slows alike; rel_l2 of the outputs
     """
     from accelerate import init_empty_weights           # what diffusers loads with: tables stay on the CPU, parameters come later
-    from tiny import random_weights as fake_checkpoint
+    from fast.bench import clip_arguments
+    from tiny import random_weights
     add_checkout(repo)
     keep_flash = dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
-    fields = {k: v for k, v in fake_checkpoint.denoiser_json("s2v-14B", config).items() if k[0] != "_"}
-    part, names = fake_checkpoint.random_part("denoiser", config, dtype, "denoiser"), fake_checkpoint.official_names("denoiser", config)
+    fields = {k: v for k, v in random_weights.denoiser_json(task, config).items() if k[0] != "_"}
+    part, names = random_weights.random_part("denoiser", config, dtype, "denoiser"), random_weights.official_names("denoiser", config)
     tensors = {name: entry.read().to(device) for name, entry in part.tensors.items()}
     with official_denoiser(config, keep_flash) as (kind, _), init_empty_weights():
         theirs = kind(**fields)
@@ -376,13 +377,12 @@ def time_official(repo, config, shape, device, dtype, repeats=3):
     shared = {name: replace(entry, read=partial(tensors.get, name)) for name, entry in part.tensors.items()}
     ours = checkpoints.materialise("denoiser", config, shared, device, dtype)
 
-    (T, H, W), x = shape, noise(1, 1, config.out_dim, *shape).to(device)
-    args = to_device(dict(text=noise(2, 1, min(60, config.text_len), config.text_dim), ref=noise(4, 1, config.out_dim, 1, H, W),
-                          audio=noise(3, 1, config.audio_states, config.audio_dim, 4 * T),
-                          motion=noise(5, 1, config.out_dim, config.motion_latents, H, W)), device)
-    cond, t = ours.prepare(shape, **args), torch.tensor([500], device=device)
-    runs = {"s_per_forward": partial(call_official, theirs, config, x, 500, **args), "ours_s_per_forward": partial(ours, x, t, cond),
-            "ours_prepare_s": partial(ours.prepare, shape, **args)}
+    seeds = iter(range(2, 9))
+    x, args = noise(1, 1, config.out_dim, *shape).to(device), to_device(clip_arguments(config, shape, lambda *size: noise(next(seeds), *size)), device)
+    fast = FastDenoiser(ours)
+    cond, t = fast.prepare(shape=shape, **args), torch.tensor([500], device=device)
+    runs = {"s_per_forward": partial(call_official, theirs, config, x, 500, **args), "ours_s_per_forward": partial(fast, x, t, cond),
+            "ours_prepare_s": partial(fast.prepare, shape=shape, **args)}
     times, outputs = {name: [] for name in runs}, {}
     for turn in range(repeats + 1):
         for name, run in runs.items():

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
 
-from fast.plan import pick_device
+from fast.probe import pick_device
 
 
 class Stage(NamedTuple):
