@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 from fast import attention8
 from fast import fp8
-from formats.checkpoints import open_checkpoint
-from convert_weights import change_denoisers
-from tiny.random_weights import RECIPE, TINY, ensure_tiny
+from formats.checkpoints import change_denoisers, open_checkpoint
 from fast.plan import Machine, pick_device, synchronize
 from media.video import check_output
 from wan_s2v import MAX_CLIP_FRAMES, Options, Stages, WanS2VPipeline, open_writer, run_dtype
@@ -145,13 +143,11 @@ class Progress:
 def open_folder(ckpt):
     """The checkpoint, making a tiny random one if it is asked for by name or none is given."""
     folder = WEIGHTS / "tiny" if ckpt is None else Path(ckpt)
-    if folder.parent.resolve() == WEIGHTS.resolve() and folder.name in TINY:
+    if folder.parent.resolve() == WEIGHTS.resolve() and not folder.exists():
+        from tiny.random_weights import ensure_tiny
         ensure_tiny(folder)
     checkpoint = open_checkpoint(folder)
-    if checkpoint.note == RECIPE:
-        print(f"using weights/{folder.name} of {RECIPE.split(':')[0]}: the picture will be noise; it shows that everything runs, not what the "
-              "model can do")
-    elif checkpoint.note:
+    if checkpoint.note:
         print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")
     return checkpoint
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from fast import fp8
 from fast import offload
 from fast.attention8 import attention8
-from model import Denoiser, attention_backend, self_attention
+from formats.checkpoints import parameter_dtype
+from model import attention_backend, self_attention
 from vae import peak_bytes
 
 GIB = 2 ** 30
@@ -97,9 +98,7 @@ class Fit:
 def kept_as(part, machine):
     """function (name, entry) -> dtype in which a parameter of this part will be on the device"""
     def dtype_of(name, entry):
-        if entry.dtype == torch.float8_e4m3fn or name.endswith(".weight_scale"):
-            return entry.dtype
-        return Denoiser.storage_dtype(name, machine.dtype) if part.kind == "denoiser" else machine.dtype
+        return parameter_dtype(part.kind, name, entry, machine.dtype)
     return dtype_of
 
 
