@@ -1,4 +1,4 @@
-"""Other layouts than folders of official names: float8 files, single files, LoRA, diffusers, and the way back:  pytest test_layouts.py
+"""Other layouts than official folders: float8 and single files, LoRA, diffusers, and the way back.  Run: python -m pytest tests/test_layouts.py
 
 The last tests compare with the model classes of diffusers and transformers; they are skipped where those are not installed.
 """
@@ -12,12 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from formats import checkpoints
 import convert_weights as convert
-from tiny import random_weights as fake
 from fast import fp8
-from formats import lora
-from formats import names
+from formats import checkpoints, foreign, lora, names
+from tiny import random_weights as fake
 from test_convert import INDEX, SHARD, bits, official, refusal, same, small   # noqa: F401 (official is a fixture)
 
 
@@ -41,31 +39,34 @@ def equal(got, wanted):
 
 def test_fp8_folder(official, tmp_path, capsys):
     """--fp8 writes what `quantize` makes when loading; our layout is then strict about scales; a copy is the same bytes."""
-    target = tmp_path / "ours"
-    assert convert.main([str(official["s2v-14B"]), str(target), "--fp8", "--report"]) == 0
+    source, target = str(official["s2v-14B"]), tmp_path / "ours"
+    assert convert.main([source, str(target), "--fp8", "--report"]) == 0
     assert "worst 10 of 46 float8 layers" in capsys.readouterr().out
-    straight, file = checkpoints.open_checkpoint(official["s2v-14B"]), target / "denoiser.safetensors"
-    same(bits(checkpoints.open_checkpoint(target).load("denoiser")), bits(straight.load("denoiser", quantize=True)))
-    same(bits(checkpoints.open_checkpoint(target).load("audio")), bits(straight.load("audio", quantize=True)))
+    file = target / "denoiser.safetensors"
+    same(bits(checkpoints.open_checkpoint(target).load("denoiser")), bits(checkpoints.open_checkpoint(source).load("denoiser", quantize=True)))
     convert.convert(target, tmp_path / "copy", torch.bfloat16)
     assert (tmp_path / "copy" / "denoiser.safetensors").read_bytes() == file.read_bytes()
-    assert convert.main([str(target), str(tmp_path / "more"), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
-    assert not (tmp_path / "more").exists()
-    save_file({"blocks.0.ffn.0": torch.zeros(3, 128)}, tmp_path / "activations.safetensors")
-    assert convert.main([str(official["s2v-14B"]), "--report", "--activations", str(tmp_path / "activations.safetensors")]) == 0
-    capsys.readouterr()
-    save_file({"ffn.0": torch.zeros(3, 128)}, tmp_path / "activations.safetensors")
-    assert convert.main([str(official["s2v-14B"]), "--report", "--activations", str(tmp_path / "activations.safetensors")]) == 2
-    assert "wanted activations of layers such as blocks.0." in capsys.readouterr().err
     whole, key = load_file(file), "blocks.0.ffn.0.weight"
     for change, *parts in (
             ({key + "_scale": None}, f"{key}_scale is missing", "(384, 1)"),
-            ({key + "_scale": whole[key + "_scale"].view(-1)}, key, "(384,)", "wanted float32 (384, 1)"),
-            ({key + "_scale": whole[key + "_scale"].bfloat16()}, key, "bfloat16", "wanted float32 (384, 1)"),
-            ({"patch.weight_scale": torch.ones(128, 1)}, "patch.weight has a scale", "got torch.bfloat16"),
+            ({key + "_scale": whole[key + "_scale"].view(-1)}, f"{key}_scale", "(384,)", "wanted (384, 1)"),
+            ({key + "_scale": whole[key + "_scale"].bfloat16()}, f"{key}_scale", "bfloat16", "wanted torch.float32"),
+            ({"patch.weight_scale": torch.ones(128, 1)}, "patch.weight_scale belongs to no parameter"),
             ({"text.0.weight": whole["text.0.weight"].to(fp8.E4M3)}, "text.0.weight is float8", "only the denoiser's large matrices")):
         save_file({name: tensor for name, tensor in (whole | change).items() if tensor is not None}, file)
         refusal(target, file, *parts)
+
+
+def test_report(official, tmp_path, capsys):
+    """Errors on given activations; refused for layers that do not exist and for what is float8 already."""
+    source, file = str(official["s2v-14B"]), tmp_path / "activations.safetensors"
+    for layer, status, part in (("blocks.0.ffn.0", 0, "float8 layers"), ("ffn.0", 2, "wanted activations of layers such as blocks.0.")):
+        save_file({layer: torch.zeros(3, 128)}, file)
+        assert convert.main([source, "--report", "--activations", str(file)]) == status
+        assert part in "".join(capsys.readouterr())
+    assert convert.main([source, str(tmp_path / "ours"), "--fp8"]) == 0
+    assert convert.main([str(tmp_path / "ours"), str(tmp_path / "more"), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
 
 
 def float8_file(tensors, layout):
@@ -95,8 +96,8 @@ def float8_file(tensors, layout):
 
 def test_float8_is_multiplied_out_in_pieces():
     weight, scale = torch.randn(10, 6).to(fp8.E4M3), torch.rand(10)
-    entry = checkpoints.Entry(None, (10, 6), fp8.E4M3, lambda: weight, checkpoints.Entry(None, (10,), torch.float32, lambda: scale))
-    assert torch.equal(checkpoints.multiplied(entry, rows=3), (weight.float() * scale[:, None]).bfloat16())
+    entries = checkpoints.Entry(None, (10, 6), fp8.E4M3, lambda: weight), checkpoints.Entry(None, (10,), torch.float32, lambda: scale)
+    assert torch.equal(foreign.multiplied(*entries, rows=3), (weight.float() * scale[:, None]).bfloat16())
 
 
 @pytest.mark.parametrize("prefix, layout", [("model.diffusion_model.", "comfy"), ("diffusion_model.", "comfy-old"), ("", "kijai"),
@@ -125,37 +126,28 @@ def test_float8_files(official, tmp_path, prefix, layout):
 
 
 def test_wrong_single_files(official, tmp_path):
-    base, file = official["s2v-14B"], tmp_path / "single.safetensors"
+    base, file, layer = official["s2v-14B"], tmp_path / "single.safetensors", "blocks.0.ffn.0"
     tensors = denoiser_tensors(base)
-    layer = "blocks.0.ffn.0"
     float8 = {layer + ".weight": tensors[layer + ".weight"].to(fp8.E4M3)}
-
-    def refused(changes, *parts, metadata=None):
-        save_file(tensors | changes, file, metadata)
+    for changes, *parts in (
+            ({layer + ".comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}, layer, "nvfp4", "wanted float8_e4m3fn"),
+            ({layer + ".scale_weight": torch.ones(())}, "has a scale, wanted float8, got torch.bfloat16"),
+            ({"gone.scale_weight": torch.ones(())}, "gone.weight has a scale", "got nothing"),
+            (float8 | {layer + ".weight_scale": torch.ones(7)}, "shape (7,)", "384, one a row"),
+            (float8 | {layer + ".weight_scale": torch.ones(()), layer + ".scale_weight": torch.ones(())}, "two scales"),
+            ({layer + ".weight": tensors[layer + ".weight"].to(torch.int8)}, layer, "I8"),
+            ({"extra.weight": torch.zeros(3)}, "extra.weight belongs to no parameter"),
+            ({"diffusion_model.blocks.0.ffn.0.lora_down.weight": torch.zeros(3, 3)}, "--lora")):
+        save_file(tensors | changes, file)
         with pytest.raises(ValueError) as error:
             checkpoints.open_checkpoint(base, [file])
         assert all(part in str(error.value) for part in (str(file), *parts)), error.value
-
-    def mark(text):
-        return {layer + ".comfy_quant": torch.tensor(list(text), dtype=torch.uint8)}
-
-    refused(mark(b'{"format": "nvfp4"}'), layer, "format nvfp4, wanted float8_e4m3fn")
-    refused(mark(b"what"), layer, "what")
-    refused({}, layer, "format int8", metadata={"_quantization_metadata": json.dumps({"layers": {layer: {"format": "int8"}}})})
-    refused({layer + ".scale_weight": torch.ones(())}, "has a scale, wanted float8, got torch.bfloat16")
-    refused({"gone.scale_weight": torch.ones(())}, "gone.weight has a scale", "got nothing")
-    refused(float8 | {layer + ".weight_scale": torch.ones(7)}, "shape (7,)", "384, one a row")
-    refused(float8 | {layer + ".weight_scale": torch.ones(()), layer + ".scale_weight": torch.ones(())}, "two scales")
-    refused({layer + ".weight": tensors[layer + ".weight"].to(torch.float8_e5m2)}, layer, "F8_E5M2")
-    refused({"extra.weight": torch.zeros(3)}, "extra.weight belongs to no parameter")
-    refused({"diffusion_model.blocks.0.ffn.0.lora_down.weight": torch.zeros(3, 3)}, "--lora")
     save_file({"some.weight": torch.zeros(3)}, file)
-    for files, part in (([file], "unknown model"), ([tmp_path / "no"], "not there"), ([base / SHARD] * 2, "got 2"),
-                        ([base / "Wan2.1_VAE.pth"] * 2, "wants 1 file in place of its vae")):
+    for source, files, part in (
+            ("s2v-14B", [file], "unknown model"), ("s2v-14B", [tmp_path / "no"], "not there"), ("s2v-14B", [base / SHARD] * 2, "got 2"),
+            ("t2v-A14B", [base / SHARD], "wants 2 files in place of its denoiser, the high-noise expert first; got 1")):
         with pytest.raises(ValueError, match=part):
-            checkpoints.open_checkpoint(base, files)
-    with pytest.raises(ValueError, match="wants 2 files in place of its denoiser, the high-noise expert first; got 1"):
-        checkpoints.open_checkpoint(official["t2v-A14B"], [official["t2v-A14B"] / "low_noise_model" / SHARD])
+            checkpoints.open_checkpoint(official[source], files)
 
 
 def test_single_files_of_other_components(official, tmp_path):
@@ -190,16 +182,11 @@ LAYERS = {   # our name of a layer: theirs, diffusers'
     "text.0": ("text_embedding.0", "condition_embedder.text_embedder.linear_1")}
 LORAS = [    # prefix, naming, how dots are written, ending with {} for down or up, alpha
     ("diffusion_model.", 0, ".", ".lora_{}.weight", 8.0),
-    ("diffusion_model.", 0, ".", "_lora.{}.weight", None),
-    ("", 0, ".", ".lora_{AB}.weight", None),
-    ("pipe.dit.", 0, ".", ".lora_{AB}.weight", None),
-    ("base_model.model.", 0, ".", ".lora_{AB}.default.weight", None),
+    ("", 0, ".", ".lora_{AB}.default.weight", None),
+    ("base_model.model.", 0, ".", ".lora_{AB}.weight", None),
     ("transformer.", 1, ".", ".lora_{AB}.weight", None),
-    ("transformer.", 1, ".", ".lora.{}.weight", None),
-    ("transformer.", 1, ".", ".lora_linear_layer.{}.weight", None),
     ("lora_unet_", 0, "_", ".lora_{}.weight", 2.0),
-    ("lora_unet__", 0, "_", ".lora_{}.weight", 2.0),
-    ("lycoris_", 0, "_", ".lora_{}.weight", 4.0)]
+    ("lora_unet__", 0, "_", ".lora_{}.weight", 2.0)]
 
 
 def lora_pairs(shapes, rank=4):
@@ -329,6 +316,19 @@ def test_no_such_layout(official, tmp_path, capsys):
     assert "no layout" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def test_strict_diffusers(official, tmp_path):
+    """Strict like the official layout: a missing file, a missing key, an unsupported setting."""
+    folder = tmp_path / "there"
+    assert convert.main([str(official["ti2v-5B"]), str(folder), "--to", "diffusers"]) == 0
+    file, config = folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "transformer" / "config.json"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "decoder.conv_in.bias"}, file)
+    refusal(folder, "decoder.conv_in.bias is missing")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"image_dim": 1280}))
+    refusal(folder, "transformer/config.json", "image_dim = None", "got 1280")
+    file.unlink()
+    refusal(folder, "vae/diffusion_pytorch_model.safetensors (vae)")
+
+
 # ---- diffusers ----
 
 SIZES = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layers=2, text_dim=48, freq_dim=32)
@@ -419,19 +419,3 @@ def test_written_diffusers(diffusers_folder, library, tmp_path):
             for field in [field for field in module.config if not field.startswith("_")]:
                 assert json.dumps(loaded.config[field]) == json.dumps(module.config[field]), field
         same(bits(loaded), bits(module))
-
-
-def test_diffusers_refusals(diffusers_folder, tmp_path):
-    """Strict like the official layout: a missing file, a missing key, an unsupported setting."""
-    task, source, _ = diffusers_folder
-    folder = Path(shutil.copytree(source, tmp_path / "spoilt"))
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "other.safetensors")
-    refusal(folder, "vae/diffusion_pytorch_model.safetensors (vae)")
-    (folder / "vae" / "other.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    tensors = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    tensors.pop("decoder.conv_in.bias")
-    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
-    refusal(folder, "decoder.conv_in.bias is missing")
-    fields = json.loads((folder / "transformer" / "config.json").read_text())
-    (folder / "transformer" / "config.json").write_text(json.dumps(fields | {"image_dim": 1280}))
-    refusal(folder, "transformer/config.json", "image_dim = None", "got 1280")
