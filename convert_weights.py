@@ -30,7 +30,7 @@ from tqdm import tqdm
 from fast import fp8
 from fast.plan import private_memory
 from formats import lora, names
-from formats.checkpoints import DTYPE_NAMES, Entry, change_denoisers, open_checkpoint, open_safetensors, parameter_dtype
+from formats.checkpoints import DTYPE_NAMES, Entry, change_denoisers, open_checkpoint, parameter_dtype
 from formats.foreign import FORMAT
 
 # ---------------------------------------------------------------------------------------------------- what is done to the tensors
@@ -58,18 +58,14 @@ def merge(checkpoint, loras, device):
     return change_denoisers(checkpoint, lambda name, part: lora.merged(part.tensors, changes[name], device))
 
 
-def report(checkpoint, device, activations=None):
-    """What float8 changes in each layer of the denoiser, as text.  activations  safetensors file with (tokens, inputs) by our layer names"""
-    texts, given = [], open_safetensors(Path(activations)) if activations else {}
+def report(checkpoint, device):
+    """What float8 changes in each layer of the denoiser, given random activations, as text."""
+    texts = []
     for name in checkpoint.experts:
         layers = {key: entry for key, entry in checkpoint.parts[name].tensors.items() if fp8.is_cast(key) and entry.dtype != fp8.E4M3}
         if not layers:
             raise ValueError(f"{checkpoint.folder}: {name} is float8 already, there is nothing to compare it with: take the bf16 files")
-        known = {f"{key}.weight": entry for key, entry in given.items() if f"{key}.weight" in layers}
-        if given and not known:
-            raise ValueError(f"{activations}: wanted activations of layers such as {next(iter(layers)).removesuffix('.weight')}, got {next(iter(given))}")
-        errors = [fp8.layer_error(key, entry.read().to(device), known[key].read().to(device) if key in known else None)
-                  for key, entry in tqdm(layers.items(), name, leave=False, disable=None)]
+        errors = [fp8.layer_error(key, entry.read().to(device)) for key, entry in tqdm(layers.items(), name, leave=False, disable=None)]
         texts.append(f"{name}\n{fp8.report(errors)}")
     return "\n".join(texts)
 
@@ -296,8 +292,6 @@ def arguments(argv):
     parser.add_argument("--fp8", action="store_true", help="store the denoiser's large matrices in float8, with one scale per row")
     parser.add_argument("--report", action="store_true", help="print the errors that float8 brings into each layer, the worst ten; "
                                                               "without DST nothing is written")
-    parser.add_argument("--activations", metavar="FILE", help="for --report: safetensors with (tokens, inputs) by layer, such as blocks.0.ffn.0 "
-                                                              "(default: random numbers)")
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",
                         help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. A rank-stabilised LoRA whose "
                              "alpha does not say so needs SCALE = sqrt(rank)")
@@ -320,7 +314,7 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device)
-        errors = report(checkpoint, device, args.activations) if args.report else None
+        errors = report(checkpoint, device) if args.report else None
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)
         if args.target is None or args.to != "comfy":

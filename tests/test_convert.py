@@ -4,6 +4,8 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -161,6 +163,14 @@ def test_bf16(tmp_path):
     same(bits(net), bits(checkpoints.open_checkpoint(tmp_path / "official").load("denoiser", dtype=torch.bfloat16)))
 
 
+def test_few_files():
+    """A checkpoint in our layout is loaded without the code of the others, of the converter and of streaming."""
+    program = ("import sys; from formats.checkpoints import open_checkpoint; open_checkpoint('weights/tiny').load('denoiser_high'); "
+               "print(*sorted(name for name in sys.modules if name.startswith(('formats.', 'convert', 'tiny', 'fast.offload'))))")
+    run = subprocess.run([sys.executable, "-c", program], cwd=GOLDEN.parent, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["formats.checkpoints"]
+
+
 # ---- folders that are wrong ----
 
 @pytest.mark.parametrize("file, key, shape", [
@@ -194,76 +204,54 @@ class Payload:
 
 
 def test_code_in_pickle(s2v, tmp_path):
-    """A pickle that calls something is refused, and nothing of it runs: as torch.save writes it, and bare in every pickle protocol."""
+    """A pickle that calls something is refused, and nothing of it runs: as torch.save writes it, and bare."""
     content, file = {"conv1.weight": Payload(tmp_path / "executed")}, s2v / "Wan2.1_VAE.pth"
     torch.save(content, file)
     refusal(s2v, file, "refused, nothing in it was executed")
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        file.write_bytes(pickle.dumps(content, protocol))
-        refusal(s2v, file, "refused, nothing in it was executed")
+    file.write_bytes(pickle.dumps(content))
+    refusal(s2v, file, "refused, nothing in it was executed")
     assert not (tmp_path / "executed").exists()
     pickle.loads(file.read_bytes())                                      # the payload does work
     assert (tmp_path / "executed").exists()
 
 
-def test_damaged_files(s2v, official):
-    for file in (SHARD, "Wan2.1_VAE.pth", f"{foreign.WAV2VEC}/model.safetensors"):
-        whole = (s2v / file).read_bytes()
-        for content in (whole[:len(whole) // 2], whole[:-1], whole[:6], b"", b"not a tensor in sight\n" * 20):
-            (s2v / file).write_bytes(content)
-            refusal(s2v, s2v / file, "download it again")
-        (s2v / file).write_bytes(whole)
-    for file in ("config.json", f"{foreign.WAV2VEC}/config.json", INDEX):
-        whole = (s2v / file).read_bytes()
-        for content in (b"{", b"[]", b"\xff\xfe"):
-            (s2v / file).write_bytes(content)
-            refusal(s2v, s2v / file)
-        (s2v / file).write_bytes(whole)
-    torch.save({"epoch": 3, "conv1.weight": torch.zeros(3)}, s2v / "Wan2.1_VAE.pth")
-    refusal(s2v, "Wan2.1_VAE.pth", "dictionary")
+@pytest.mark.parametrize("file", [SHARD, "Wan2.1_VAE.pth", "config.json", INDEX])
+def test_damaged_files(s2v, file):
+    whole = (s2v / file).read_bytes()
+    for content in (whole[:len(whole) // 2], whole[:-2], b"", b"<!DOCTYPE html>\n" * 20):
+        (s2v / file).write_bytes(content)
+        refusal(s2v, s2v / file)
 
 
-def test_missing_files(s2v, tmp_path):
+def test_missing_files(s2v, official, tmp_path):
     """All of them in one message."""
     for file in ("Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json", f"{foreign.WAV2VEC}/model.safetensors", SHARD):
         (s2v / file).unlink()
     refusal(s2v, "Wan2.1_VAE.pth (vae)", "tokenizer.json (tokenizer)", "model.safetensors (audio)", SHARD)
+    refusal(official["t2v-A14B"] / "high_noise_model", "Wan2.1_VAE.pth")
     refusal(tmp_path, "no checkpoint")
     refusal(tmp_path / "nowhere", "not there")
     refusal(s2v / "config.json", "a file")
 
 
-def test_another_models_file(s2v, official):
-    """One clear line for a file in the wrong place."""
-    def replaced(file, by, *parts):
-        whole = (s2v / file).read_bytes()
-        shutil.copy(by, s2v / file)
-        refusal(s2v, *parts)
-        (s2v / file).write_bytes(whole)
-    t5 = "models_t5_umt5-xxl-enc-bf16.pth"
-    replaced(SHARD, official["t2v-A14B"] / "high_noise_model" / SHARD, SHARD, "audio_injector.injector.0.q.weight is missing")
-    replaced(SHARD, s2v / foreign.WAV2VEC / "model.safetensors", "holds the component audio, wanted denoiser")
-    replaced("Wan2.1_VAE.pth", official["ti2v-5B"] / "Wan2.2_VAE.pth", "latent channels", "wants 16, got 48")
-    replaced("Wan2.1_VAE.pth", s2v / t5, "Wan2.1_VAE.pth holds the component text, wanted vae")
-    replaced(t5, s2v / "Wan2.1_VAE.pth", f"{t5} holds the component vae, wanted text")
-
-
-def test_mixed_models(official, tmp_path):
-    """Components that do not belong together, in the official and in the converted layout."""
-    shutil.copytree(official["ti2v-5B"], tmp_path / "mixed")
-    (tmp_path / "mixed" / "Wan2.2_VAE.pth").unlink()
-    shutil.copy(official["s2v-14B"] / "Wan2.1_VAE.pth", tmp_path / "mixed")
-    refusal(tmp_path / "mixed", "single denoiser with the Wan2.1 VAE")
-    shutil.copytree(official["t2v-A14B"], tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "low_noise_model")
-    refusal(tmp_path / "half", "low_noise_model/config.json", "low_noise_model/diffusion_pytorch_model.safetensors")
-    refusal(official["t2v-A14B"] / "high_noise_model", "Wan2.1_VAE.pth")
-    for task in ("s2v-14B", "t2v-A14B"):
-        convert.convert(official[task], tmp_path / task)
-    shutil.copy(tmp_path / "t2v-A14B" / "denoiser_low.safetensors", tmp_path / "s2v-14B" / "denoiser.safetensors")
-    refusal(tmp_path / "s2v-14B", "denoiser.safetensors", "is missing")
-    shutil.copy(tmp_path / "s2v-14B" / "vae.safetensors", tmp_path / "s2v-14B" / "denoiser.safetensors")
-    refusal(tmp_path / "s2v-14B", "denoiser.safetensors", "belongs to no parameter")
+def test_another_models_file(s2v, official, tmp_path):
+    """One clear line for a file in the wrong place, in the official and in our layout."""
+    def replaced(folder, file, by, *parts):
+        whole = (folder / file).read_bytes()
+        shutil.copy(by, folder / file)
+        refusal(folder, *parts)
+        (folder / file).write_bytes(whole)
+    t5, vae = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
+    replaced(s2v, SHARD, official["t2v-A14B"] / "high_noise_model" / SHARD, SHARD, "audio_injector.injector.0.q.weight is missing")
+    replaced(s2v, SHARD, s2v / foreign.WAV2VEC / "model.safetensors", "holds the component audio, wanted denoiser")
+    replaced(s2v, vae, official["ti2v-5B"] / "Wan2.2_VAE.pth", "latent channels", "wants 16, got 48")
+    replaced(s2v, vae, s2v / t5, "Wan2.1_VAE.pth holds the component text, wanted vae")
+    ti2v = Path(shutil.copytree(official["ti2v-5B"], tmp_path / "ti2v"))
+    replaced(ti2v, "Wan2.2_VAE.pth", s2v / vae, "single denoiser with the Wan2.1 VAE")
+    convert.convert(s2v, tmp_path / "ours")
+    convert.convert(official["t2v-A14B"], tmp_path / "t2v")
+    replaced(tmp_path / "ours", "denoiser.safetensors", tmp_path / "t2v" / "denoiser_low.safetensors", "denoiser.safetensors", "is missing")
+    replaced(tmp_path / "ours", "denoiser.safetensors", tmp_path / "t2v" / "vae.safetensors", "denoiser.safetensors", "belongs to no parameter")
 
 
 @pytest.mark.parametrize("change, parts", [
@@ -306,9 +294,6 @@ def test_check_prints_counts(official, capsys):
     assert convert.main([str(official["i2v-A14B"]), "--check"]) == 0
     out = capsys.readouterr().out
     assert "i2v-A14B, boundary 0.9" in out and out.count("tensors") == 4
-    with pytest.raises(SystemExit) as stop:
-        convert.main([str(official["i2v-A14B"])])
-    assert stop.value.code == 2
 
 
 def test_writer_alignment(tmp_path):
@@ -324,24 +309,17 @@ def test_writer_alignment(tmp_path):
 # ---- tiny checkpoints ----
 
 def test_ensure_tiny(tmp_path):
-    """Made once, the same bytes each time, under 16 MB, two experts for S2V; a foreign folder is left alone, an old one replaced."""
-    first = fake.ensure_tiny(tmp_path / "a" / "tiny")
-    again = fake.ensure_tiny(tmp_path / "b" / "tiny")
-    files = sorted(path.name for path in first.iterdir())
-    assert files == ["audio.safetensors", "config.json", "denoiser_high.safetensors", "denoiser_low.safetensors", "text.safetensors",
-                     "tokenizer.json", "vae.safetensors"]
-    assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
-    assert sum((first / name).stat().st_size for name in files) < 16e6
+    """Made once, the same bytes each time, two experts for S2V; what somebody trained is left alone, an old recipe is made again."""
+    first, again = (fake.ensure_tiny(tmp_path / name / "tiny") for name in "ab")
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in first.iterdir())
     checkpoint = checkpoints.open_checkpoint(first)
     assert checkpoint.boundary == 0.875 and checkpoint.note == fake.RECIPE
     assert fake.make_tokenizer(tmp_path / "t.json", [checkpoints.NEGATIVE]) <= checkpoint.configs["text"].vocab
-    before = (first / "vae.safetensors").stat()
-    assert fake.ensure_tiny(first) == first and (first / "vae.safetensors").stat() == before
     fields = json.loads((first / "config.json").read_text())
-    for note, kept in (("random numbers: older ones", False), (None, True), ("trained", True)):
+    for note, stays in ((fake.RECIPE, True), ("random numbers: older ones", False), (None, True), ("trained", True)):
         (first / "config.json").write_text(json.dumps(fields | {"note": note}))
-        fake.ensure_tiny(first)
-        assert (json.loads((first / "config.json").read_text())["note"] == note) == kept
+        before = (first / "vae.safetensors").stat()
+        assert ((fake.ensure_tiny(first) / "vae.safetensors").stat() == before) == stays
     with pytest.raises(ValueError, match="tiny-t2v"):
         fake.ensure_tiny(tmp_path / "huge")
 

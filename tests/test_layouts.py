@@ -2,7 +2,6 @@
 
 The last tests compare with the model classes of diffusers and transformers; they are skipped where those are not installed.
 """
-import inspect
 import json
 import re
 import shutil
@@ -46,6 +45,8 @@ def test_fp8_folder(official, tmp_path, capsys):
     same(bits(checkpoints.open_checkpoint(target).load("denoiser")), bits(checkpoints.open_checkpoint(source).load("denoiser", quantize=True)))
     convert.convert(target, tmp_path / "copy", torch.bfloat16)
     assert (tmp_path / "copy" / "denoiser.safetensors").read_bytes() == file.read_bytes()
+    assert convert.main([str(target), str(tmp_path / "more"), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
     whole, key = load_file(file), "blocks.0.ffn.0.weight"
     for change, *parts in (
             ({key + "_scale": None}, f"{key}_scale is missing", "(384, 1)"),
@@ -55,18 +56,6 @@ def test_fp8_folder(official, tmp_path, capsys):
             ({"text.0.weight": whole["text.0.weight"].to(fp8.E4M3)}, "text.0.weight is float8", "only the denoiser's large matrices")):
         save_file({name: tensor for name, tensor in (whole | change).items() if tensor is not None}, file)
         refusal(target, file, *parts)
-
-
-def test_report(official, tmp_path, capsys):
-    """Errors on given activations; refused for layers that do not exist and for what is float8 already."""
-    source, file = str(official["s2v-14B"]), tmp_path / "activations.safetensors"
-    for layer, status, part in (("blocks.0.ffn.0", 0, "float8 layers"), ("ffn.0", 2, "wanted activations of layers such as blocks.0.")):
-        save_file({layer: torch.zeros(3, 128)}, file)
-        assert convert.main([source, "--report", "--activations", str(file)]) == status
-        assert part in "".join(capsys.readouterr())
-    assert convert.main([source, str(tmp_path / "ours"), "--fp8"]) == 0
-    assert convert.main([str(tmp_path / "ours"), str(tmp_path / "more"), "--report"]) == 2 and "float8 already" in capsys.readouterr().err
-    assert not (tmp_path / "more").exists()
 
 
 def float8_file(tensors, layout):
@@ -335,87 +324,60 @@ SIZES = dict(num_attention_heads=2, attention_head_dim=32, ffn_dim=96, num_layer
 TASKS = {"t2v-A14B": dict(), "i2v-A14B": dict(in_channels=36), "ti2v-5B": dict(in_channels=48, out_channels=48)}
 
 
-def randomise(module, seed):
-    """Random values by the rules of fake_checkpoint.py, so that no norm or modulation is a plain 1 or 0."""
-    for name, parameter in module.named_parameters():
-        ending = name.replace("scale_shift_table", "modulation")
-        parameter.data = fake.random_tensor(ending, parameter.shape, torch.float32, seed=seed)
-    return module.eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def library():
-    """The model classes of diffusers and transformers."""
+@pytest.fixture(scope="module", params=TASKS)
+def diffusers_folder(request, tmp_path_factory):
+    """A folder written by diffusers and transformers themselves, and the modules that are in it: {folder: module}"""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: its model classes are compared where it is")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     diffusers.utils.logging.disable_progress_bar()
-    return diffusers, transformers
-
-
-@pytest.fixture(scope="module", params=TASKS)
-def diffusers_folder(request, library, tmp_path_factory):
-    """A folder written by diffusers and transformers themselves, and the modules that are in it."""
-    (diffusers, transformers), task, folder = library, request.param, tmp_path_factory.mktemp("diffusers")
-    vae = dict(base_dim=8, num_res_blocks=1)
+    task, folder, vae = request.param, tmp_path_factory.mktemp("diffusers"), dict(base_dim=8, num_res_blocks=1)
     if task == "ti2v-5B":
-        if "is_residual" not in inspect.signature(diffusers.AutoencoderKLWan).parameters:
-            pytest.skip("this diffusers is too old for the Wan2.2 VAE")
-        released = fake.VAE22
         vae |= dict(decoder_base_dim=12, z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
-                    latents_mean=list(released.mean), latents_std=list(released.std))
+                    latents_mean=list(fake.VAE22.mean), latents_std=list(fake.VAE22.std))
     text = transformers.UMT5Config(vocab_size=200, d_model=48, d_kv=16, d_ff=96, num_layers=2, num_heads=3)
     modules = {"transformer": diffusers.WanTransformer3DModel(**SIZES, **TASKS[task]), "vae": diffusers.AutoencoderKLWan(**vae),
                "text_encoder": transformers.UMT5EncoderModel(text)}
     if task != "ti2v-5B":
         modules["transformer_2"] = diffusers.WanTransformer3DModel(**SIZES, **TASKS[task])
-    for name, module in modules.items():
-        randomise(module, name).save_pretrained(folder / name, max_shard_size="100KB" if name.startswith("transformer") else "1GB")
+    for root, module in modules.items():
+        for name, parameter in module.named_parameters():                # so that no norm or modulation is a plain 1 or 0
+            parameter.data = fake.random_tensor(name.replace("scale_shift_table", "modulation"), parameter.shape, torch.float32, seed=root)
+        module.eval().requires_grad_(False).save_pretrained(folder / root, max_shard_size="100KB" if "transformer" in root else "1GB")
     (folder / "tokenizer").mkdir()
     fake.make_tokenizer(folder / "tokenizer" / "tokenizer.json")
     (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.8 if "transformer_2" in modules else None}))
     return task, folder, modules
 
 
-def gap(ours, theirs, what):
-    """Relative L2 difference, printed."""
-    assert ours.shape == theirs.shape
-    relative = float((ours - theirs).norm() / theirs.norm())
-    print(f"{what}: relative L2 difference {relative:.1e}, max {float((ours - theirs).abs().max()):.1e}")
-    return relative
+def close(ours, theirs):
+    """Float32 sums in another order."""
+    return ours.shape == theirs.shape and float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
 @torch.inference_mode()
-def test_diffusers(diffusers_folder):
-    """The same weights through their classes and ours, at 1e-5 (float32 sums in another order)."""
+def test_diffusers(diffusers_folder, tmp_path):
+    """The same weights through their classes and ours; what --to diffusers writes, their classes read with every value in place."""
     task, folder, modules = diffusers_folder
     checkpoint = checkpoints.open_checkpoint(folder)
     assert (checkpoint.task, checkpoint.boundary) == (task, None if task == "ti2v-5B" else 0.8)
-    random = torch.Generator().manual_seed(1)
-    cfg = checkpoint.configs["denoiser"]
+    random, cfg = torch.Generator().manual_seed(1), checkpoint.configs["denoiser"]
     latents = torch.randn(1, cfg.in_dim, 3, 8, 6, generator=random)
     text, t = torch.randn(1, 512, cfg.text_dim, generator=random), torch.tensor([612.0])
     for theirs, name in zip(("transformer", "transformer_2"), checkpoint.experts):
         net = checkpoint.load(name)
         image = latents[:, cfg.out_dim:] if cfg.in_dim > cfg.out_dim else None
-        ours = net(latents[:, :cfg.out_dim], t, net.prepare((3, 8, 6), text, image=image))
-        assert gap(ours, modules[theirs](latents, t, text).sample, f"{task} {theirs}") < 1e-5
+        assert close(net(latents[:, :cfg.out_dim], t, net.prepare((3, 8, 6), text, image=image)), modules[theirs](latents, t, text).sample)
     vae, cfg = checkpoint.load("vae"), checkpoint.configs["vae"]
     video = torch.rand(1, 3, 9, 64, 96, generator=random) * 2 - 1
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (cfg.mean, cfg.std))
     encoded = (modules["vae"].encode(video).latent_dist.mode() - mean) / std
-    assert gap(vae.encode(video), encoded, f"{task} vae encode") < 1e-5
-    assert gap(vae.decode(encoded), modules["vae"].decode(encoded * std + mean).sample, f"{task} vae decode") < 1e-5
+    assert close(vae.encode(video), encoded) and close(vae.decode(encoded), modules["vae"].decode(encoded * std + mean).sample)
     ids = torch.randint(3, 200, (1, 37), generator=random)
-    assert gap(checkpoint.load("text")(ids), modules["text_encoder"](ids).last_hidden_state, f"{task} text encoder") < 1e-5
+    assert close(checkpoint.load("text")(ids), modules["text_encoder"](ids).last_hidden_state)
 
-
-def test_written_diffusers(diffusers_folder, library, tmp_path):
-    """What --to diffusers writes, their classes read with every value in place."""
-    (diffusers, transformers), (_, folder, modules) = library, diffusers_folder
     assert convert.main([str(folder), str(tmp_path / "there"), "--to", "diffusers"]) == 0
     for name, module in modules.items():
         loaded = type(module).from_pretrained(tmp_path / "there" / name)
-        if name != "text_encoder":
-            for field in [field for field in module.config if not field.startswith("_")]:
-                assert json.dumps(loaded.config[field]) == json.dumps(module.config[field]), field
+        for field in [field for field in module.config if not field.startswith("_")] if name != "text_encoder" else []:
+            assert json.dumps(loaded.config[field]) == json.dumps(module.config[field]), field
         same(bits(loaded), bits(module))
