@@ -14,7 +14,6 @@ import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +22,13 @@ from torch import nn
 
 from fast import fp8
 from formats import names
-from formats.checkpoints import Entry, open_safetensors, parameter_shapes
+from formats.checkpoints import open_safetensors, parameter_shapes
 from model import Linear
 
 PREFIXES = re.compile(r"(?:diffusion_model\.|transformer\.|base_model\.model\.|lora_unet__?)*")
 ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
            "lora_A.default.weight": "down", "lora_B.default.weight": "up", "alpha": "alpha",
            "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}       # how a key ends: what the tensor then is
-
-
-class Change(NamedTuple):
-    """What one LoRA file adds to one parameter: scale * diff, or scale * up @ down."""
-    scale: float
-    diff: Entry | None = None        # of the parameter's shape
-    down: Entry | None = None        # (rank, in, ...)
-    up: Entry | None = None          # (out, rank, ...)
-
-    def tensor(self, shape):
-        if self.diff is not None:
-            return self.scale * self.diff.read().float().view(shape)
-        return self.scale * (self.up.read().float().flatten(1) @ self.down.read().float().flatten(1)).view(shape)
 
 
 @cache
@@ -79,11 +65,11 @@ def find(key, config):
 
 
 def read_lora(path, config, scale=1.0):
-    """One file -> {our parameter: Change}.  scale  the LoRA's strength
+    """One file -> {our parameter: function () -> what the LoRA of strength `scale` adds to it, float32}, read when called.
 
     raises  ValueError naming the first key that fits nowhere and how many more there are, or a pair that is not whole
     """
-    path, found, changes, problems = Path(path), {}, {}, []          # found {parameter: {role: Entry}}
+    path, found, changes, problems = Path(path), {}, {}, []              # found {our parameter: {role: Entry}}
     if not path.is_file():
         raise ValueError(f"wanted a LoRA file, got {path}, which is {'a folder' if path.is_dir() else 'not there'}")
     for key, entry in open_safetensors(path).items():
@@ -105,26 +91,26 @@ def read_lora(path, config, scale=1.0):
 
 
 def change(shape, scale, roles):
-    """{role: Entry} of one parameter -> Change, its shapes compared.  shape of the parameter"""
+    """{role: Entry} of one parameter, and its shape -> function () -> the difference, float32.  ValueError if shapes do not fit"""
     if len(roles) == 1 and roles.keys() <= {"weight", "bias", "modulation"}:
         diff, = roles.values()
         if math.prod(diff.shape) != math.prod(shape) or diff.shape[0] != shape[0]:
             raise ValueError(f"the difference has shape {diff.shape}, wanted {shape}")
-        return Change(scale, diff)
+        return lambda: (scale * diff.read().float()).view(shape)
     if not {"down", "up"} <= roles.keys() <= {"down", "up", "alpha"}:
         raise ValueError(f"wanted down and up or one difference, got {', '.join(sorted(roles))}")
-    down, up = roles["down"], roles["up"]
+    down, up = roles["down"], roles["up"]                            # (rank, in, ...), (out, rank, ...)
     rank = down.shape[0]
     if up.shape[:2] != (shape[0], rank) or math.prod(up.shape[2:]) != 1 or math.prod(down.shape[1:]) != math.prod(shape[1:]):
         raise ValueError(f"up {up.shape} @ down {down.shape} does not make {shape}")
-    alpha = roles["alpha"].read().float().item() if "alpha" in roles else rank
-    return Change(scale * alpha / rank, down=down, up=up)
+    strength = scale * (roles["alpha"].read().float().item() if "alpha" in roles else rank) / rank
+    return lambda: (strength * (up.read().float().flatten(1) @ down.read().float().flatten(1))).view(shape)
 
 
 def merged(tensors, changes, device="cpu"):
     """A denoiser's tensors with LoRAs added. Float8 weights are multiplied out, changed and cast anew.
 
-    tensors  {our name: Entry}        changes  [{our parameter: Change}, ...], in the order of adding        device  where to compute
+    tensors  {our name: Entry}        changes  [from `read_lora`, ...], in the order of adding        device  where to compute
     returns  {our name: Entry} with the same names and dtypes, computed in float32 when they are read
     """
     changed, float8 = {}, {name for name in tensors if f"{name}_scale" in tensors}
@@ -133,7 +119,7 @@ def merged(tensors, changes, device="cpu"):
             x = entry.read().to(device).float()
             x = x if scale is None else x * scale.read().to(device)
             for file in changes:
-                x = x + file[name].tensor(entry.shape).to(device) if name in file else x
+                x = x + file[name]().to(device) if name in file else x
             return x
         changed[name] = dataclasses.replace(tensors[name], dtype=torch.bfloat16 if name in float8 else tensors[name].dtype, read=read)
     again = fp8.quantized({name: entry for name, entry in changed.items() if name in float8}, device, fp8.uses_fp8)

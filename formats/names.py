@@ -273,25 +273,26 @@ def take_fields(fields, table, scope, path, required=None):
 
 
 def denoiser_config(fields, entries, path):
-    """Official config.json + tensors -> model.Config. Two sizes are written in no config: text_dim and audio_states."""
+    """config.json of either layout -> model.Config. Two sizes are in no official config but in the tensors: text_dim and audio_states."""
+    if "num_attention_heads" in fields:
+        dim = fields["num_attention_heads"] * fields.get("attention_head_dim", 128)
+        return make_config("denoiser", take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, path) | {"dim": dim, "audio_dim": 0}, path)
     s2v = fields.get("model_type") == "s2v" or "audio_inject_layers" in fields
     table, scope = (FIELDS | FIELDS_S2V, SCOPE | SCOPE_S2V) if s2v else (FIELDS, SCOPE)
     required = [name for name in (*table, *(SCOPE_S2V if s2v else ())) if name not in OPTIONAL]
-    ours = ({} if s2v else {"audio_dim": 0}) | take_fields(fields, table, scope, path, required)
+    ours = {"audio_dim": 0} | take_fields(fields, table, scope, path, required)
     for name, size in (("text_embedding.0.weight", "text_dim"), ("casual_audio_encoder.weights", "audio_states")):
         if name in entries:
             ours[size] = entries[name].shape[1]
     return make_config("denoiser", ours, path)
 
 
-def denoiser_config_diffusers(fields, path):
-    ours = take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, path)
-    dim = fields["num_attention_heads"] * fields.get("attention_head_dim", 128)
-    return make_config("denoiser", ours | {"dim": dim, "audio_dim": 0}, path)
-
-
-def vae_config(entries, path):
-    """Sizes of an official VAE from the shapes of its tensors: there is no config beside them."""
+def vae_config(fields, entries, path):
+    """vae.VAEConfig of either layout. An official VAE has no config beside it: the shapes of its tensors tell its sizes."""
+    if fields is not None:
+        ours = take_fields(fields, FIELDS_VAE_DIFFUSERS, {"attn_scales": []}, path)
+        return make_config("vae", ours | {"dec_dim": fields.get("decoder_base_dim") or ours["dim"], "patch": fields.get("patch_size") or 1,
+                                          "shortcuts": fields.get("is_residual", False)}, path)
     if not {"conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma"} <= entries.keys():
         return VAEConfig()                                             # not a VAE: matching says what it is
     z_dim, known = entries["conv2.weight"].shape[0], {config.z_dim: config for config in (VAEConfig(), VAE22)}
@@ -301,12 +302,6 @@ def vae_config(entries, path):
     blocks = [int(found[1]) for name in entries if (found := re.fullmatch(resampler, name))]   # the first resampler follows them
     return dataclasses.replace(known[z_dim], dim=entries["encoder.conv1.weight"].shape[0],
                                dec_dim=entries["decoder.head.0.gamma"].shape[0], num_res_blocks=min(blocks, default=2))
-
-
-def vae_config_diffusers(fields, path):
-    ours = take_fields(fields, FIELDS_VAE_DIFFUSERS, {"attn_scales": []}, path)
-    return make_config("vae", ours | {"dec_dim": fields.get("decoder_base_dim") or ours["dim"], "patch": fields.get("patch_size") or 1,
-                                      "shortcuts": fields.get("is_residual", False)}, path)
 
 
 def text_config(entries):
@@ -325,10 +320,8 @@ def read_config(kind, fields, entries, path):
 
     fields  of the config.json beside its tensors, None without one        entries  {their name: Entry}        path  for messages
     """
-    if kind == "denoiser":
-        return denoiser_config_diffusers(fields, path) if "num_attention_heads" in fields else denoiser_config(fields, entries, path)
-    if kind == "vae":
-        return vae_config(entries, path) if fields is None else vae_config_diffusers(fields, path)
+    if kind in ("denoiser", "vae"):
+        return (denoiser_config if kind == "denoiser" else vae_config)(fields, entries, path)
     return text_config(entries) if kind == "text" else make_config("audio", take_fields(fields, FIELDS_AUDIO, SCOPE_AUDIO, path), path)
 
 
