@@ -20,20 +20,9 @@ from test_convert import INDEX, SHARD, bits, official, refusal, same, small   # 
 
 # ---- float8 and single files ----
 
-def denoiser_tensors(folder):
-    return load_file(folder / SHARD)
-
-
-def opened(folder, *files):
-    """The denoiser's tensors under our names, as they would be written."""
-    tensors = checkpoints.open_checkpoint(folder, files).parts["denoiser"].tensors
-    return {name: entry.read().to(entry.dtype) for name, entry in tensors.items()}
-
-
 def equal(got, wanted):
-    assert got.keys() == wanted.keys()
-    for name, tensor in got.items():
-        assert tensor.dtype == wanted[name].dtype and torch.equal(tensor.float(), wanted[name].float()), name
+    assert {name: tensor.dtype for name, tensor in got.items()} == {name: tensor.dtype for name, tensor in wanted.items()}
+    assert all(torch.equal(tensor.float(), wanted[name].float()) for name, tensor in got.items())
 
 
 def test_fp8_folder(official, tmp_path, capsys):
@@ -62,23 +51,21 @@ def float8_file(tensors, layout):
     """An official denoiser's tensors as another program publishes them in float8."""
     out, number = {}, torch.tensor(0.0123)
     for name, tensor in tensors.items():
-        sensitive = tensor.ndim == 1 or "modulation" in name
-        sensitive |= layout in ("kijai", "lightx2v") and not re.match(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.", name)
-        if sensitive:
-            out[name] = tensor
+        out[name] = tensor
+        if tensor.ndim == 1 or "modulation" in name or layout == "rows" and not re.match(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.", name):
             continue
         layer = name.removesuffix(".weight")
-        scale = tensor.float().abs().amax(1, keepdim=True) / 448 if layout == "lightx2v" else number.clone()
+        scale = tensor.float().abs().amax(1, keepdim=True) / 448 if layout == "rows" else number.clone()
         scaled = name.endswith(".weight") and layout != "unscaled"
         out[name] = fp8.cast(tensor.float() / (scale.view(-1, *[1] * (tensor.ndim - 1)) if scaled else 1))
         if scaled:
-            out[layer + (".weight_scale" if layout in ("comfy", "lightx2v") else ".scale_weight")] = scale
+            out[layer + (".weight_scale" if layout in ("comfy", "rows") else ".scale_weight")] = scale
         if scaled and layout == "comfy":
             out[layer + ".comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
             out[layer + ".input_scale"] = torch.tensor(1.0)
         if scaled and layout == "comfy-old":
             out[layer + ".scale_input"] = torch.tensor(1.0)
-    if layout in ("comfy-old", "kijai"):
+    if layout == "comfy-old":
         out["scaled_fp8"] = torch.zeros(2, dtype=fp8.E4M3)
     return out
 
@@ -89,12 +76,11 @@ def test_float8_is_multiplied_out_in_pieces():
     assert torch.equal(foreign.multiplied(*entries, rows=3), (weight.float() * scale[:, None]).bfloat16())
 
 
-@pytest.mark.parametrize("prefix, layout", [("model.diffusion_model.", "comfy"), ("diffusion_model.", "comfy-old"), ("", "kijai"),
-                                            ("", "lightx2v"), ("model.diffusion_model.", "unscaled")])
+@pytest.mark.parametrize("prefix, layout", [("model.diffusion_model.", "comfy"), ("diffusion_model.", "comfy-old"), ("", "rows"), ("", "unscaled")])
 def test_float8_files(official, tmp_path, prefix, layout):
     """Bytes and scales are kept where our layers multiply in float8, everything else is multiplied out; the base lacks the denoiser."""
     file, base = tmp_path / "single.safetensors", Path(shutil.copytree(official["s2v-14B"], tmp_path / "base"))
-    theirs = float8_file(denoiser_tensors(base), layout)
+    theirs = float8_file(load_file(base / SHARD), layout)
     save_file({prefix + name: tensor for name, tensor in theirs.items()}, file)
     for name in (SHARD, INDEX):
         (base / name).unlink()
@@ -110,13 +96,14 @@ def test_float8_files(official, tmp_path, prefix, layout):
             wanted[ours] = (tensor.float() * scale).bfloat16()
     assert any(tensor.dtype == fp8.E4M3 for tensor in wanted.values())
     assert convert.main([str(base), str(file), str(tmp_path / "ours")]) == 0
-    equal(opened(tmp_path / "ours"), wanted)
-    checkpoints.open_checkpoint(tmp_path / "ours").load("denoiser")
+    ours = checkpoints.open_checkpoint(tmp_path / "ours")
+    equal({name: entry.read() for name, entry in ours.parts["denoiser"].tensors.items()}, wanted)
+    ours.load("denoiser")
 
 
 def test_wrong_single_files(official, tmp_path):
     base, file, layer = official["s2v-14B"], tmp_path / "single.safetensors", "blocks.0.ffn.0"
-    tensors = denoiser_tensors(base)
+    tensors = load_file(base / SHARD)
     float8 = {layer + ".weight": tensors[layer + ".weight"].to(fp8.E4M3)}
     for changes, *parts in (
             ({layer + ".comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}, layer, "nvfp4", "wanted float8_e4m3fn"),
