@@ -7,7 +7,6 @@ Source  Wan-Video/Wan2.2@42bf4cf wan/configs/*.py and each from_pretrained; hugg
 """
 import dataclasses
 import re
-import sys
 from functools import cache
 
 from formats.checkpoints import make_config
