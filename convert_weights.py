@@ -2,12 +2,13 @@
 
     python convert_weights.py SRC DST                  official or diffusers folder -> config.json, *.safetensors, tokenizer.json
     python convert_weights.py SRC FILE ... DST         the same with single files in place of the components that they hold
-    python convert_weights.py SRC DST --fp8            the denoiser's large matrices in float8, as fp8.py multiplies them
+    python convert_weights.py SRC DST --fp8            the denoiser's large matrices in float8, as fast/fp8.py multiplies them
     python convert_weights.py SRC DST --lora FILE:0.8  a LoRA merged into the denoiser
     python convert_weights.py SRC DST --to diffusers   write another layout
     python convert_weights.py SRC --check              key and parameter counts of every component; writes nothing
 
 Tensors go from file to file one by one: a model of any size needs the memory of its largest few tensors. DST appears when it is complete.
+docs/formats.md lists the layouts.
 """
 import argparse
 import dataclasses
@@ -27,24 +28,17 @@ import torch
 from tqdm import tqdm
 
 from fast import fp8
-from formats import lora
-from formats import names
-from formats.checkpoints import DTYPE_NAMES, Entry, open_checkpoint, open_tensors, stored_as
 from fast.probe import private_memory
+from formats import lora, names
+from formats.checkpoints import DTYPE_NAMES, Entry, change_denoisers, open_checkpoint, parameter_dtype
+from formats.foreign import FORMAT
 
 # ---------------------------------------------------------------------------------------------------- what is done to the tensors
-
-def change_denoisers(checkpoint, change):
-    """The Checkpoint with {our name: Entry} of each expert replaced by change(expert, Part)."""
-    parts = {name: dataclasses.replace(part, tensors=change(name, part)) if part.kind == "denoiser" else part
-             for name, part in checkpoint.parts.items()}
-    return dataclasses.replace(checkpoint, parts=parts)
-
 
 def cast(part, dtype):
     """A Part's tensors, to be written in `dtype` where the network runs in it; what needs more precision keeps what it has."""
     def narrow(name, entry):
-        wanted = stored_as(part.kind, name, dtype)
+        wanted = parameter_dtype(part.kind, name, entry, dtype)
         return dataclasses.replace(entry, dtype=wanted) if wanted.itemsize < entry.dtype.itemsize else entry
     return {name: narrow(name, entry) for name, entry in part.tensors.items()} if part.kind in ("denoiser", "text") else part.tensors
 
@@ -64,18 +58,14 @@ def merge(checkpoint, loras, device):
     return change_denoisers(checkpoint, lambda name, part: lora.merged(part.tensors, changes[name], device))
 
 
-def report(checkpoint, device, activations=None):
-    """What float8 changes in each layer of the denoiser, as text.  activations  safetensors file with (tokens, inputs) by our layer names"""
-    texts, given = [], open_tensors([Path(activations)]) if activations else {}
+def report(checkpoint, device):
+    """What float8 changes in each layer of the denoiser, given random activations, as text."""
+    texts = []
     for name in checkpoint.experts:
         layers = {key: entry for key, entry in checkpoint.parts[name].tensors.items() if fp8.is_cast(key) and entry.dtype != fp8.E4M3}
         if not layers:
             raise ValueError(f"{checkpoint.folder}: {name} is float8 already, there is nothing to compare it with: take the bf16 files")
-        known = {f"{key}.weight": entry for key, entry in given.items() if f"{key}.weight" in layers}
-        if given and not known:
-            raise ValueError(f"{activations}: wanted activations of layers such as {next(iter(layers)).removesuffix('.weight')}, got {next(iter(given))}")
-        errors = [fp8.layer_error(key, entry.read().to(device), known[key].read().to(device) if key in known else None)
-                  for key, entry in tqdm(layers.items(), name, leave=False, disable=None)]
+        errors = [fp8.layer_error(key, entry.read().to(device)) for key, entry in tqdm(layers.items(), name, leave=False, disable=None)]
         texts.append(f"{name}\n{fp8.report(errors)}")
     return "\n".join(texts)
 
@@ -151,6 +141,40 @@ def write_checkpoint(checkpoint, folder):
     compare(open_checkpoint(folder), checkpoint)
 
 
+def diffusers_fields(kind, config):
+    """config.json of a component as diffusers or transformers writes it."""
+    table = {"denoiser": names.FIELDS_DIFFUSERS, "vae": names.FIELDS_VAE_DIFFUSERS, "text": names.FIELDS_TEXT}[kind]
+    fields = {theirs: getattr(config, ours) for theirs, ours in table.items()}
+    if kind == "denoiser":
+        fields |= {name: value for name, value in names.SCOPE_DIFFUSERS.items() if value is not None}
+        fields |= {"attention_head_dim": config.dim // config.n_head, "rope_max_seq_len": 1024}
+        return {"_class_name": "WanTransformer3DModel"} | fields
+    if kind == "text":
+        return {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | fields | {
+            "d_kv": config.dim_attn // config.n_head, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False}
+    channels = 3 * config.patch ** 2
+    residual = {"decoder_base_dim": config.dec_dim, "is_residual": True, "patch_size": config.patch, "in_channels": channels,
+                "out_channels": channels, "scale_factor_spatial": config.stride[1], "scale_factor_temporal": config.stride[0],
+                "clip_output": False}
+    return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0} | fields | (residual if config.shortcuts else {})
+
+
+def diffusers_pipeline(task, boundary, shift):
+    """{file: JSON fields} that a diffusers folder has beside its components."""
+    denoiser = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanImageToVideoPipeline" if task == "i2v-A14B" else "WanPipeline", "boundary_ratio": boundary,
+             "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+             "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": denoiser,
+             "transformer_2": [None, None] if boundary is None else denoiser, "vae": ["diffusers", "AutoencoderKLWan"]}
+    index |= {"expand_timesteps": True} if task == "ti2v-5B" else {}
+    return {"model_index.json": index,
+            "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
+                                                "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift},
+            "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5TokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
+                                                "unk_token": "<unk>", "model_max_length": 512}}
+
+
 def write_diffusers(checkpoint, folder):
     """A Checkpoint -> the folder of a WanPipeline or WanImageToVideoPipeline."""
     if checkpoint.task == "s2v-14B":
@@ -163,12 +187,15 @@ def write_diffusers(checkpoint, folder):
             raise ValueError(f"{checkpoint.folder}: {name} is float8, for which diffusers has no layout: convert from the bf16 files")
         stem = "model" if name == "text" else "diffusion_pytorch_model"
         files[Path(roots[name]) / f"{stem}.safetensors"] = renamed(part, names.diffusers_rules(part.kind, part.config))
-        write_json(folder / roots[name] / "config.json", names.diffusers_fields(part.kind, part.config))
-    for file, fields in names.diffusers_pipeline(checkpoint.task, checkpoint.boundary, checkpoint.sampling["shift"]).items():
+        write_json(folder / roots[name] / "config.json", diffusers_fields(part.kind, part.config))
+    for file, fields in diffusers_pipeline(checkpoint.task, checkpoint.boundary, checkpoint.sampling["shift"]).items():
         write_json(folder / file, fields)
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer" / "tokenizer.json")
     write_parts(folder, files)
     compare(open_checkpoint(folder), checkpoint)
+
+
+COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # scales per row are to be multiplied out
 
 
 def write_comfy(checkpoint, folder):
@@ -178,9 +205,8 @@ def write_comfy(checkpoint, folder):
         if part.kind in ("denoiser", "vae"):
             tensors = renamed(part, names.official_rules(part.kind, part.config))
             for key in [key for key in tensors if key.endswith(".weight_scale")]:
-                form = torch.tensor(list(names.COMFY_FP8), dtype=torch.uint8)
-                tensors[f"{key.removesuffix('weight_scale')}{names.FORMAT}"] = Entry(Path(name), tuple(form.shape), form.dtype,
-                                                                                     partial(torch.clone, form))
+                form = torch.tensor(list(COMFY_FP8), dtype=torch.uint8)
+                tensors[f"{key.removesuffix('weight_scale')}{FORMAT}"] = Entry(Path(name), tuple(form.shape), form.dtype, partial(torch.clone, form))
             files[Path("vae" if part.kind == "vae" else "diffusion_models") / f"{name}.safetensors"] = tensors
     write_parts(folder, files)
     compare(open_checkpoint(checkpoint.folder, [folder / path for path in files]), checkpoint)
@@ -266,8 +292,6 @@ def arguments(argv):
     parser.add_argument("--fp8", action="store_true", help="store the denoiser's large matrices in float8, with one scale per row")
     parser.add_argument("--report", action="store_true", help="print the errors that float8 brings into each layer, the worst ten; "
                                                               "without DST nothing is written")
-    parser.add_argument("--activations", metavar="FILE", help="for --report: safetensors with (tokens, inputs) by layer, such as blocks.0.ffn.0 "
-                                                              "(default: random numbers)")
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",
                         help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. A rank-stabilised LoRA whose "
                              "alpha does not say so needs SCALE = sqrt(rank)")
@@ -290,7 +314,7 @@ def main(argv=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device)
-        errors = report(checkpoint, device, args.activations) if args.report else None
+        errors = report(checkpoint, device) if args.report else None
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)
         if args.target is None or args.to != "comfy":

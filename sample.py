@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fast.plan import MAX_CLIP_FRAMES, RunConfig
 from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
-from formats.checkpoints import open_checkpoint
+from formats.checkpoints import change_denoisers, open_checkpoint
 from media.video import check_output
 from wan_s2v import Stages, WanS2VPipeline, open_writer, run_dtype
 
@@ -142,14 +142,11 @@ class Progress:
 def open_folder(ckpt):
     """The checkpoint, making a tiny random one if it is asked for by name or none is given."""
     folder = WEIGHTS / "tiny" if ckpt is None else Path(ckpt)
-    if folder.parent.resolve() == WEIGHTS.resolve() and (ckpt or not folder.is_dir()):
-        from tiny.random_weights import TINY, ensure_tiny            # here: only where it is asked for
-        if folder.name in TINY:
-            ensure_tiny(folder)
+    if folder.parent.resolve() == WEIGHTS.resolve() and not folder.exists():
+        from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
+        ensure_tiny(folder)
     checkpoint = open_checkpoint(folder)
-    if checkpoint.note.startswith("random numbers"):
-        print(f"using weights/{folder.name} of random numbers: the picture will be noise; it shows that everything runs, not what the model can do")
-    elif checkpoint.note:
+    if checkpoint.note:
         print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")
     return checkpoint
 
@@ -171,7 +168,6 @@ def main(args):
     checkpoint = open_folder(args.ckpt)
     if args.fp8 is False:
         from fast import fp8
-        from convert_weights import change_denoisers
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
     pipeline = WanS2VPipeline(checkpoint, args.vram, **choices(args))
     cap_memory(pipeline.device, args.vram)

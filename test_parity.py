@@ -107,7 +107,7 @@ def network(module):
     """A module of a case -> our network with its weights, through the converter's tables."""
     tensors = entries(module)
     kind, config, rules = names.identify(module["class"].split(".")[-1], module["constructor"], tensors)
-    return checkpoints.materialise(kind, config, checkpoints.match(tensors, rules, kind, config, f"the {kind} of a reference case"))
+    return checkpoints.materialise(kind, config, checkpoints.match(tensors, rules, kind, config))
 
 
 def value(meta, name):
@@ -290,7 +290,7 @@ def manifest(meta, golden, run=None):
     """Full size, no memory: every official name and shape has its place, and every place is filled."""
     tensors = entries(dict(meta, crc_name_prefix=""))
     kind, config, rules = names.identify(meta["model"], meta["constructor"], tensors)
-    found = checkpoints.match(tensors, rules, kind, config, meta["model"])
+    found = checkpoints.match(tensors, rules, kind, config)
     shapes = checkpoints.parameter_shapes(kind, config)
     dropped = sum(math.prod(entry.shape) for name, entry in tensors.items() if names.rename(name, rules) is None)
     yield "parameters", sum(math.prod(shape) for shape in shapes.values()) + dropped, meta["parameters"], 0

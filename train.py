@@ -481,7 +481,7 @@ def as_part(kind, config, net):
     """A trained network -> a Part in the dtypes it is stored in: bfloat16, norms and modulation of the denoiser float32."""
     tensors = {}
     for name, value in net.state_dict().items():
-        dtype = checkpoints.stored_as(kind, name, torch.bfloat16)
+        dtype = checkpoints.parameter_dtype(kind, name, value, torch.bfloat16)
         tensors[name] = checkpoints.Entry(Path(kind), tuple(value.shape), dtype, partial(value.detach().to, dtype))
     return checkpoints.Part(kind, config, tensors)
 

@@ -95,7 +95,7 @@ def multiplied_out(tensors):
     """The way back: a denoiser's tensors with float8 weights as bfloat16, for training and for comparison.  {name: Entry} -> the same"""
     def read(name):
         return dequantize(tensors[name].read(), tensors[f"{name}_scale"].read())
-    return {name: replace(entry, dtype=torch.bfloat16, read=partial(read, name), scale=None) if f"{name}_scale" in tensors else entry
+    return {name: replace(entry, dtype=torch.bfloat16, read=partial(read, name)) if f"{name}_scale" in tensors else entry
             for name, entry in tensors.items() if not name.endswith(".weight_scale")}
 
 

@@ -17,7 +17,7 @@ import torch
 from audio import RATE, frame_columns, load_audio
 from fast import offload
 from fast.probe import GIB, Memory
-from formats.checkpoints import stored_as
+from formats.checkpoints import parameter_dtype
 from media.pictures import i2v_size, load_image, s2v_size, ti2v_size
 from media.video import probe
 from model import MOTION_BUCKETS, PATCH
@@ -327,8 +327,7 @@ def weigh(part, config):
         tensors = fp8.quantized(tensors)
 
     def dtype_of(name, entry):
-        stored = entry.dtype == torch.float8_e4m3fn or name.endswith(".weight_scale")
-        return entry.dtype if stored else stored_as(part.kind, name, config.dtype)
+        return parameter_dtype(part.kind, name, entry, config.dtype)
     layouts, _, rest = offload.split(tensors, dtype_of)
     always = sum(math.prod(e.shape) * dtype_of(name, e).itemsize for name, e in rest.items())
 

@@ -1,9 +1,10 @@
-"""LoRA files of all layouts -> the denoiser's weights with them merged: W + scale * alpha / rank * up @ down, in float32.
+"""LoRA files -> the denoiser's weights with them merged: W + scale * alpha / rank * up @ down, in float32.
 
-    blocks.0.self_attn.q.lora_down.weight, .lora_up.weight, .alpha        our source's names; or .lora_A.weight, .lora_B.weight (PEFT)
-    transformer.blocks.0.attn1.to_q.lora_A.weight                         diffusers' names
-    lora_unet_blocks_0_self_attn_q.lora_down.weight                       names with every dot written _ (kohya, musubi)
-    blocks.0.norm3.diff, .diff_b, head.diff_m                             whole differences of weight, bias and modulation
+    diffusion_model.blocks.0.self_attn.q.lora_down.weight, .lora_up.weight, .alpha   official names, with or without the prefix (ComfyUI)
+    base_model.model.blocks.0.self_attn.q.lora_A.weight, .lora_B.weight              the same in PEFT's spelling; also .lora_A.default.weight
+    transformer.blocks.0.attn1.to_q.lora_A.weight                                    diffusers' names
+    lora_unet_blocks_0_self_attn_q.lora_down.weight                                  every dot written _ (kohya, musubi)
+    blocks.0.norm3.diff, .diff_b, head.diff_m                                        whole differences of weight, bias and modulation
 
 Every key must find its parameter: nothing is skipped. A rank-stabilised LoRA whose alpha is not rank^1.5 needs scale sqrt(rank).
 The last part is about LoRAs in training: layers that have one, and the file that becomes of them.
@@ -13,49 +14,28 @@ import math
 import re
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from formats import checkpoints
 from fast import fp8
 from formats import names
+from formats.checkpoints import open_safetensors, parameter_shapes
 from model import Linear
 
-PREFIXES = re.compile(r"(?:diffusion_model\.|transformer\.|pipe\.dit\.|base_model\.model\.|lora_unet__?|lycoris_)*")
-SUFFIXES = [   # how a key ends, and what the tensor then is; None: as PAIRS says
-    (r"[._]lora[._](down|up)\.weight$", None),
-    (r"\.lora_linear_layer\.(down|up)\.weight$", None),
-    (r"\.lora_([AB])(?:\.default)?(?:\.weight)?$", None),
-    (r"\.alpha$", "alpha"),
-    (r"\.diff$", "weight"),
-    (r"\.diff_b$", "bias"),
-    (r"\.diff_m$", "modulation"),
-]
-PAIRS = {"down": "down", "up": "up", "A": "down", "B": "up"}
-
-
-class Change(NamedTuple):
-    """What one LoRA file adds to one parameter: a whole difference, or a pair of matrices."""
-    scale: float
-    diff: checkpoints.Entry | None = None        # of the parameter's shape
-    down: checkpoints.Entry | None = None        # (rank, in, ...)
-    up: checkpoints.Entry | None = None          # (out, rank, ...)
-
-    def tensor(self, shape):
-        if self.diff is not None:
-            return self.scale * self.diff.read().float()
-        return self.scale * (self.up.read().float().flatten(1) @ self.down.read().float().flatten(1)).view(shape)
+PREFIXES = re.compile(r"(?:diffusion_model\.|transformer\.|base_model\.model\.|lora_unet__?)*")
+ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
+           "lora_A.default.weight": "down", "lora_B.default.weight": "up", "alpha": "alpha",
+           "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}       # how a key ends: what the tensor then is
 
 
 @cache
-def places(config):
-    """{a layer's name in a foreign layout, also with _ for every dot: our name of the layer}; None for a name that means two layers."""
+def foreign_layers(config):
+    """{a layer's official or diffusers name, also with _ for every dot: our name of the layer}; None for a name that means two layers."""
     out = {}
-    for name in checkpoints.parameter_shapes("denoiser", config):
+    for name in parameter_shapes("denoiser", config):
         ours = name.rpartition(".")[0]
         for rules in (names.official_rules("denoiser", config), names.DENOISER_DIFFUSERS):
             if theirs := names.rename(name, names.inverse(rules)):
@@ -70,31 +50,29 @@ def find(key, config):
 
     raises  ValueError if it belongs to no parameter, or if other programs disagree to which
     """
-    prefix = PREFIXES.match(key)[0]
-    found, role = next(((found, role) for ending, role in SUFFIXES if (found := re.search(ending, key))), (None, None))
-    layer = key[len(prefix):found.start()] if found else ""
+    prefix, ending = PREFIXES.match(key)[0], next((ending for ending in ENDINGS if key.endswith(f".{ending}")), "")
+    layer, role = key[len(prefix):].removesuffix(f".{ending}"), ENDINGS.get(ending)
     if re.search(r"[._]attn[12][._]", layer) and not prefix.endswith(("transformer.", "base_model.model.")):
         raise ValueError("is ambiguous: attn1 is the self-attention in diffusers and the cross-attention elsewhere; rename the keys to "
                          "transformer.* if diffusers wrote them, or to self_attn and cross_attn")
-    ours, role = places(config).get(layer, ""), role or (found and PAIRS[found[1]])
-    name = f"{ours}.{role if role in ('bias', 'modulation') else 'weight'}"
+    ours = foreign_layers(config).get(layer, "")
     if ours is None:
         raise ValueError("is ambiguous: it may mean two layers")
-    if not found or name not in checkpoints.parameter_shapes("denoiser", config):
+    name = f"{ours}.{role if role in ('bias', 'modulation') else 'weight'}"
+    if role is None or name not in parameter_shapes("denoiser", config):
         raise ValueError("belongs to no parameter")
     return name, role
 
 
 def read_lora(path, config, scale=1.0):
-    """One file -> {our parameter: Change}.
+    """One file -> {our parameter: function () -> what the LoRA of strength `scale` adds to it, float32}, read when called.
 
     raises  ValueError naming the first key that fits nowhere and how many more there are, or a pair that is not whole
     """
-    path, wanted = Path(path), checkpoints.parameter_shapes("denoiser", config)
+    path, found, changes, problems = Path(path), {}, {}, []              # found {our parameter: {role: Entry}}
     if not path.is_file():
         raise ValueError(f"wanted a LoRA file, got {path}, which is {'a folder' if path.is_dir() else 'not there'}")
-    found, changes, problems = {}, {}, []                            # found {parameter: {role: Entry}}
-    for key, entry in checkpoints.open_tensors([path]).items():
+    for key, entry in open_safetensors(path).items():
         try:
             name, role = find(key, config)
             if found.setdefault(name, {}).setdefault(role, entry) is not entry:
@@ -103,7 +81,7 @@ def read_lora(path, config, scale=1.0):
             problems.append(f"{key} {error}")
     for name, roles in found.items():
         try:
-            changes[name] = change(wanted[name], scale, roles)
+            changes[name] = change(parameter_shapes("denoiser", config)[name], scale, roles)
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems or not changes:
@@ -113,40 +91,38 @@ def read_lora(path, config, scale=1.0):
 
 
 def change(shape, scale, roles):
-    """{role: Entry} of one parameter -> Change, its shapes compared.  shape of the parameter"""
-    if set(roles) <= {"weight", "bias", "modulation"} and len(roles) == 1:
-        diff = next(iter(roles.values()))
+    """{role: Entry} of one parameter, and its shape -> function () -> the difference, float32.  ValueError if shapes do not fit"""
+    if len(roles) == 1 and roles.keys() <= {"weight", "bias", "modulation"}:
+        diff, = roles.values()
         if math.prod(diff.shape) != math.prod(shape) or diff.shape[0] != shape[0]:
             raise ValueError(f"the difference has shape {diff.shape}, wanted {shape}")
-        return Change(scale, diff)
-    if not {"down", "up"} <= set(roles) <= {"down", "up", "alpha"}:
+        return lambda: (scale * diff.read().float()).view(shape)
+    if not {"down", "up"} <= roles.keys() <= {"down", "up", "alpha"}:
         raise ValueError(f"wanted down and up or one difference, got {', '.join(sorted(roles))}")
-    down, up = roles["down"], roles["up"]
+    down, up = roles["down"], roles["up"]                            # (rank, in, ...), (out, rank, ...)
     rank = down.shape[0]
     if up.shape[:2] != (shape[0], rank) or math.prod(up.shape[2:]) != 1 or math.prod(down.shape[1:]) != math.prod(shape[1:]):
         raise ValueError(f"up {up.shape} @ down {down.shape} does not make {shape}")
-    alpha = roles["alpha"].read().float().item() if "alpha" in roles else rank
-    return Change(scale * alpha / rank, down=down, up=up)
+    strength = scale * (roles["alpha"].read().float().item() if "alpha" in roles else rank) / rank
+    return lambda: (strength * (up.read().float().flatten(1) @ down.read().float().flatten(1))).view(shape)
 
 
 def merged(tensors, changes, device="cpu"):
     """A denoiser's tensors with LoRAs added. Float8 weights are multiplied out, changed and cast anew.
 
-    tensors  {our name: Entry}        changes  [{our parameter: Change}, ...], in the order of adding        device  where to compute
+    tensors  {our name: Entry}        changes  [from `read_lora`, ...], in the order of adding        device  where to compute
     returns  {our name: Entry} with the same names and dtypes, computed in float32 when they are read
     """
-    changed = {}
-    for name in {name: None for file in changes for name in file}:
+    changed, float8 = {}, {name for name in tensors if f"{name}_scale" in tensors}
+    for name in dict.fromkeys(name for file in changes for name in file):
         def read(name=name, entry=tensors[name], scale=tensors.get(f"{name}_scale")):
             x = entry.read().to(device).float()
             x = x if scale is None else x * scale.read().to(device)
             for file in changes:
-                if name in file:
-                    x = x + file[name].tensor(entry.shape).to(device).view(entry.shape)
+                x = x + file[name]().to(device) if name in file else x
             return x
-        dtype = torch.bfloat16 if f"{name}_scale" in tensors else tensors[name].dtype
-        changed[name] = dataclasses.replace(tensors[name], dtype=dtype, read=read)
-    again = fp8.quantized({name: entry for name, entry in changed.items() if f"{name}_scale" in tensors}, device, fp8.uses_fp8)
+        changed[name] = dataclasses.replace(tensors[name], dtype=torch.bfloat16 if name in float8 else tensors[name].dtype, read=read)
+    again = fp8.quantized({name: entry for name, entry in changed.items() if name in float8}, device, fp8.uses_fp8)
     return tensors | changed | again
 
 
@@ -168,11 +144,11 @@ class LoRA(nn.Module):
 
 def add(net, rank, targets):
     """Give every target layer of the blocks a LoRA; all else is frozen.  ValueError for a target that no block has"""
-    places = {name: name.split(".", 2)[2] for name, layer in net.named_modules() if name[:7] == "blocks." and isinstance(layer, Linear)}
-    if unknown := sorted(set(targets) - set(places.values())):
-        raise ValueError(f"no block has a linear layer {unknown[0]}: wanted some of {', '.join(sorted(set(places.values())))}")
-    for name, place in places.items():
-        if place in targets:
+    layers = {name: name.split(".", 2)[2] for name, layer in net.named_modules() if name.startswith("blocks.") and isinstance(layer, Linear)}
+    if unknown := sorted(set(targets) - set(layers.values())):
+        raise ValueError(f"no block has a linear layer {unknown[0]}: wanted some of {', '.join(sorted(set(layers.values())))}")
+    for name, inner in layers.items():
+        if inner in targets:
             net.set_submodule(name, LoRA(net.get_submodule(name), rank))
     return net
 

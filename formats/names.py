@@ -1,21 +1,17 @@
-"""What other layouts call things: tensors, and fields of config.json. The only file that knows the
-foreign names of checkpoints; lora.py has what LoRA files put around them.
+"""The names that other layouts give to tensors and to the fields of config.json. The only file that knows them; lora.py adds what LoRA files
+put around a layer's name.
 
-A component (denoiser, vae, text, audio) is described by one table, their name -> our name. What a file holds is told by its keys.
+A component (denoiser, vae, text, audio) is described by one table, their name -> our name, read in both directions.
 
 Source  Wan-Video/Wan2.2@42bf4cf wan/configs/*.py and each from_pretrained; huggingface/diffusers WanTransformer3DModel, AutoencoderKLWan
 """
 import dataclasses
-import json
-import math
 import re
-import sys
 from functools import cache
 
-import audio
-import model
-import text
-import vae
+from formats.checkpoints import make_config
+from text import TextConfig
+from vae import VAE22, VAEConfig
 
 # ---------------------------------------------------------------------------------------------------------------- name tables
 # (their name, our name): `#` is a number, `*` anything, in the same order on both sides; what stands in [] may be absent.
@@ -212,31 +208,17 @@ def inverse(rules):
 
 # ---------------------------------------------------------------------------------------------------------- what a file holds
 
-SIGNATURES = [   # how keys begin by which a file gives itself away, what it then is, of which component; the first that occurs counts
-    ("model.diffusion_model.", "a single file for ComfyUI", None),
-    ("diffusion_model.", "a LoRA or a single file for ComfyUI", None),
-    ("casual_audio_encoder.", "an S2V denoiser", "denoiser"),
-    ("img_emb.", "a Wan2.1 image-to-video denoiser", None),
-    ("condition_embedder.", "a diffusers-layout denoiser", "denoiser"),
-    ("blocks.0.self_attn.", "a T2V, I2V or TI2V denoiser", "denoiser"),
-    ("decoder.upsamples.0.upsamples.", "the Wan2.2 VAE", "vae"),
-    ("decoder.upsamples.", "the Wan2.1 VAE", "vae"),
-    ("decoder.up_blocks.", "a diffusers-layout VAE", "vae"),
-    ("blocks.0.attn.", "the umT5 encoder", "text"),
-    ("encoder.block.", "a transformers-layout umT5 encoder", "text"),
-    ("wav2vec2.", "a wav2vec2 encoder", "audio"),
-    ("feature_extractor.conv_layers.", "a wav2vec2 encoder", "audio"),
-]
+SIGNATURES = [   # how a key begins that only this component has, and whether the names are those of diffusers or transformers
+    ("blocks.0.self_attn.", "denoiser", False), ("condition_embedder.", "denoiser", True),
+    ("decoder.upsamples.", "vae", False), ("decoder.up_blocks.", "vae", True),
+    ("blocks.0.attn.", "text", False), ("encoder.block.", "text", True),
+    ("wav2vec2.", "audio", False), ("feature_extractor.conv_layers.", "audio", False)]
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")   # in front of every name of some single files
 
 
-def signature(names):
-    """What a file with these keys is, and of which component; None for what is unknown."""
-    return next(((what, kind) for start, what, kind in SIGNATURES if any(name.startswith(start) for name in names)), (None, None))
-
-
-def describe(names):
-    return signature(names)[0]
+def layout(names):
+    """The keys of a file -> its component, and whether diffusers or transformers named them; (None, False) for unknown keys."""
+    return next(((kind, diffusers) for start, kind, diffusers in SIGNATURES if any(name.startswith(start) for name in names)), (None, False))
 
 
 def without_prefix(name):
@@ -245,44 +227,10 @@ def without_prefix(name):
 
 def rules_for(kind, config, names):
     """The name table of the layout, official or diffusers, whose keys these are."""
-    theirs = describe(names) in ("a diffusers-layout denoiser", "a diffusers-layout VAE", "a transformers-layout umT5 encoder")
-    return (diffusers_rules if theirs else official_rules)(kind, config)
-
-
-# ---------------------------------------------------------------------------------------------------------------- float8 files
-# Beside X.weight in float8 stands its scale: one number, or one per row. All layouts mean float8 value x scale; without one it is 1.
-
-SCALES = ("scale_weight", "weight_scale")                    # ComfyUI until 2025, kijai; ComfyUI since, LightX2V, ours
-MARKS = ("scale_input", "input_scale")                       # for activations, which are scaled per token here
-FLAG = "scaled_fp8"                                          # a key of its own: its dtype is the weights' dtype, which they say themselves
-FORMAT = "comfy_quant"                                       # JSON in bytes, {"format": ...}; in newer files in the header instead
-HEADER = "_quantization_metadata"                            # {"layers": {name: {"format": ...}}}
-COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # what we write: to be multiplied out, row by row
-
-
-def check_format(path, name, text):
-    """ValueError unless a ComfyUI layer's format is plain float8.  text  JSON"""
-    try:
-        found = json.loads(text)["format"]
-    except (ValueError, LookupError, TypeError):
-        found = repr(text)[:80]
-    if found != "float8_e4m3fn":
-        raise ValueError(f"{path}: {name} is stored in the format {found}, wanted float8_e4m3fn: take the bf16 or fp8_scaled file")
-
-
-def check_header(path, metadata):
-    """`check_format` of every layer that a safetensors header describes."""
-    try:
-        layers = json.loads(metadata.get(HEADER, "{}")).get("layers", {}).items()
-    except (ValueError, AttributeError):
-        raise ValueError(f"{path}: {HEADER} in the header is not JSON: download the file again") from None
-    for name, fields in layers:
-        check_format(path, name, json.dumps(fields))
+    return (diffusers_rules if layout(names)[1] else official_rules)(kind, config)
 
 
 # ------------------------------------------------------------------------------------------------------------ foreign configs
-
-CONFIGS = {"denoiser": model.Config, "vae": vae.VAEConfig, "text": text.TextConfig, "audio": audio.AudioConfig}
 
 # official config.json of a denoiser -> model.Config (official model_s2v.py L253-288, model.py L305-321)
 FIELDS = {"dim": "dim", "ffn_dim": "ffn_dim", "num_heads": "n_head", "num_layers": "n_layer", "in_dim": "in_dim", "out_dim": "out_dim",
@@ -294,9 +242,6 @@ OPTIONAL = {"in_dim", "out_dim", "text_len", "freq_dim", "eps", "num_audio_token
 SCOPE = {"patch_size": [1, 2, 2], "window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
 SCOPE_S2V = {"enable_adain": True, "adain_mode": "attn_norm", "zero_timestep": True, "enable_framepack": True, "enable_motioner": False,
              "add_last_motion": True}
-# Without effect in that scope: initialisation, and settings of the parts left out.
-INERT = {"model_type", "text_dim", "zero_init", "enable_tsm", "trainable_token_pos_emb", "trainable_token", "motion_token_num",
-         "framepack_drop_mode", "motion_frames", "func_type"}
 FIELDS_AUDIO = {"hidden_size": "dim", "intermediate_size": "ffn_dim", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
                 "conv_dim": "conv_dim", "conv_kernel": "conv_kernel", "conv_stride": "conv_stride", "conv_bias": "conv_bias",
                 "num_conv_pos_embeddings": "pos_kernel", "num_conv_pos_embedding_groups": "pos_groups", "layer_norm_eps": "eps"}
@@ -306,146 +251,83 @@ FIELDS_DIFFUSERS = {"num_attention_heads": "n_head", "ffn_dim": "ffn_dim", "num_
                     "out_channels": "out_dim", "text_dim": "text_dim", "freq_dim": "freq_dim", "eps": "eps"}
 SCOPE_DIFFUSERS = {"patch_size": [1, 2, 2], "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None,
                    "image_dim": None, "pos_embed_seq_len": None}
-INERT_DIFFUSERS = {"attention_head_dim", "rope_max_seq_len"}
 FIELDS_VAE_DIFFUSERS = {"base_dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
                         "temperal_downsample": "temporal_downsample", "latents_mean": "mean", "latents_std": "std"}
 FIELDS_TEXT = {"vocab_size": "vocab", "d_model": "dim", "d_ff": "ffn", "num_heads": "n_head", "num_layers": "n_layer",
                "relative_attention_num_buckets": "n_bucket"}
 
 
-def take_fields(fields, table, scope, inert, path, optional=()):
+def take_fields(fields, table, scope, path, required=None):
     """A foreign config.json's fields under our names.
 
-    fields  its content        table  their name -> ours        scope  name -> the only value supported        inert  names without effect
+    fields  its content        table  their name -> ours        scope  name -> the only value supported        required  default: the table
     raises  ValueError naming a missing field, or a field with what was wanted and what came
     """
-    for name in table:
-        if name not in fields and name not in optional:
-            raise ValueError(f"{path} lacks the field {name}: take config.json from the folder of the weights")
+    if lacking := [name for name in required or table if name not in fields]:
+        raise ValueError(f"{path} lacks the field {lacking[0]}: take config.json from the folder of the weights")
     for name, value in scope.items():
-        got = fields.get(name, value)
-        if (list(got) if isinstance(got, tuple) else got) != value:
-            raise ValueError(f"{path}: wanted {name} = {value}, got {got}: only what the released models use is built")
-    unknown = sorted(n for n in fields if n not in table and n not in scope and n not in inert and not n.startswith("_"))
-    if unknown:
-        print(f"{path}: unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)} ignored", file=sys.stderr)
-    return {ours: tuple(fields[name]) if isinstance(fields[name], list) else fields[name] for name, ours in table.items() if name in fields}
-
-
-def make_config(kind, fields, path):
-    try:
-        return CONFIGS[kind](**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        if fields.get(name, value) != value:
+            raise ValueError(f"{path}: wanted {name} = {value}, got {fields[name]}: only what the released models use is built")
+    return {ours: fields[name] for name, ours in table.items() if name in fields}
 
 
 def denoiser_config(fields, entries, path):
-    """Official config.json + tensors -> model.Config. Two sizes are written in no config: text_dim and audio_states."""
+    """config.json of either layout -> model.Config. Two sizes are in no official config but in the tensors: text_dim and audio_states."""
+    if "num_attention_heads" in fields:
+        dim = fields["num_attention_heads"] * fields.get("attention_head_dim", 128)
+        return make_config("denoiser", take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, path) | {"dim": dim, "audio_dim": 0}, path)
     s2v = fields.get("model_type") == "s2v" or "audio_inject_layers" in fields
-    for name in SCOPE_S2V if s2v else ():
-        if name not in fields:
-            raise ValueError(f"{path} lacks the field {name}: take config.json from the folder of the weights")
-    table, scope, inert = (FIELDS | FIELDS_S2V, SCOPE | SCOPE_S2V, INERT) if s2v else (FIELDS, SCOPE, INERT)
-    ours = take_fields(fields, table, scope, inert, path, OPTIONAL)
-    if "text_embedding.0.weight" in entries:
-        ours["text_dim"] = entries["text_embedding.0.weight"].shape[1]
-    if s2v and "casual_audio_encoder.weights" in entries:
-        ours["audio_states"] = entries["casual_audio_encoder.weights"].shape[1]
-    return make_config("denoiser", ours if s2v else ours | {"audio_dim": 0}, path)
+    table, scope = (FIELDS | FIELDS_S2V, SCOPE | SCOPE_S2V) if s2v else (FIELDS, SCOPE)
+    required = [name for name in (*table, *(SCOPE_S2V if s2v else ())) if name not in OPTIONAL]
+    ours = {"audio_dim": 0} | take_fields(fields, table, scope, path, required)
+    for name, size in (("text_embedding.0.weight", "text_dim"), ("casual_audio_encoder.weights", "audio_states")):
+        if name in entries:
+            ours[size] = entries[name].shape[1]
+    return make_config("denoiser", ours, path)
 
 
-def denoiser_config_diffusers(fields, path):
-    ours = take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, INERT_DIFFUSERS, path)
-    dim = fields["num_attention_heads"] * fields.get("attention_head_dim", 128)
-    return make_config("denoiser", ours | {"dim": dim, "audio_dim": 0}, path)
-
-
-def vae_config(entries, path):
-    """Sizes of an official VAE from the shapes of its tensors: there is no config beside them."""
-    shape = {name: entry.shape for name, entry in entries.items()}
-    shortcuts = "encoder.downsamples.0.downsamples.0.residual.0.gamma" in shape
-    flat = r"encoder\.downsamples\.(\d+)\." + (r"downsamples\.(\d+)\." if shortcuts else "") + r"resample\.1\.weight"
-    resamplers = sorted(tuple(map(int, m.groups())) for name in shape if (m := re.fullmatch(flat, name)))
-    if not resamplers or "conv2.weight" not in shape:
-        return vae.VAEConfig()                                         # not a VAE: matching says what it is
-    z_dim, dim, n = shape["conv2.weight"][0], shape["encoder.conv1.weight"][0], resamplers[0][-1]
-    known = {config.z_dim: config for config in (vae.VAEConfig(), vae.VAE22)}
+def vae_config(fields, entries, path):
+    """vae.VAEConfig of either layout. An official VAE has no config beside it: the shapes of its tensors tell its sizes."""
+    if fields is not None:
+        ours = take_fields(fields, FIELDS_VAE_DIFFUSERS, {"attn_scales": []}, path)
+        return make_config("vae", ours | {"dec_dim": fields.get("decoder_base_dim") or ours["dim"], "patch": fields.get("patch_size") or 1,
+                                          "shortcuts": fields.get("is_residual", False)}, path)
+    if not {"conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma"} <= entries.keys():
+        return VAEConfig()                                             # not a VAE: matching says what it is
+    z_dim, known = entries["conv2.weight"].shape[0], {config.z_dim: config for config in (VAEConfig(), VAE22)}
     if z_dim not in known:
         raise ValueError(f"{path}: wanted {' or '.join(map(str, known))} latent channels, got {z_dim}: no mean and deviation are known")
-    config = dataclasses.replace(known[z_dim], dim=dim, num_res_blocks=n, shortcuts=shortcuts)
-    mult = tuple(shape[vae_place(config, "encoder", stage, n - 1) + ".residual.6.weight"][0] // dim for stage in range(len(resamplers) + 1))
-    halves = (vae_place(config, "encoder", stage, n) + ".time_conv.weight" in shape for stage in range(len(resamplers)))
-    patch = math.isqrt(shape["encoder.conv1.weight"][1] // 3)
-    dec_dim = shape["decoder.head.0.gamma"][0] // mult[0]
-    return dataclasses.replace(config, dim_mult=mult, temporal_downsample=tuple(halves), patch=patch, dec_dim=dec_dim)
-
-
-def vae_config_diffusers(fields, path):
-    ours = take_fields(fields, FIELDS_VAE_DIFFUSERS, {"attn_scales": []}, set(fields), path)
-    return make_config("vae", ours | {"dec_dim": fields.get("decoder_base_dim") or ours["dim"], "patch": fields.get("patch_size") or 1,
-                                      "shortcuts": fields.get("is_residual", False)}, path)
+    resampler = r"encoder\.downsamples\." + (r"0\.downsamples\." if known[z_dim].shortcuts else "") + r"(\d+)\.resample\.1\.weight"
+    blocks = [int(found[1]) for name in entries if (found := re.fullmatch(resampler, name))]   # the first resampler follows them
+    return dataclasses.replace(known[z_dim], dim=entries["encoder.conv1.weight"].shape[0],
+                               dec_dim=entries["decoder.head.0.gamma"].shape[0], num_res_blocks=min(blocks, default=2))
 
 
 def text_config(entries):
-    """umT5 sizes from the shapes of its tensors: the official code keeps no config beside them."""
+    """Sizes of umT5 from the shapes of its tensors: the official code keeps no config beside them."""
     rules = rules_for("text", None, entries)
-    tensors = {ours: entry for name, entry in entries.items() if (ours := rename(name, rules))}
-    try:
-        vocab, dim = tensors["embed.weight"].shape
-        n_bucket, n_head = tensors["blocks.0.attn.position.weight"].shape
-        return text.TextConfig(
-            vocab=vocab, dim=dim, dim_attn=tensors["blocks.0.attn.q.weight"].shape[0], ffn=tensors["blocks.0.ffn.up.weight"].shape[0],
-            n_head=n_head, n_layer=sum(name.endswith(".attn.q.weight") for name in tensors), n_bucket=n_bucket)
-    except (KeyError, ValueError):
-        return text.TextConfig()                                       # not umT5: matching against the released size says so
+    shape = {ours: entry.shape for name, entry in entries.items() if (ours := rename(name, rules))}
+    if not {"embed.weight", "blocks.0.attn.position.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.up.weight"} <= shape.keys():
+        return TextConfig()                                            # not umT5: matching says what it is
+    (vocab, dim), (n_bucket, n_head) = shape["embed.weight"], shape["blocks.0.attn.position.weight"]
+    return TextConfig(vocab=vocab, dim=dim, dim_attn=shape["blocks.0.attn.q.weight"][0], ffn=shape["blocks.0.ffn.up.weight"][0], n_head=n_head,
+                      n_layer=sum(name.endswith(".attn.q.weight") for name in shape), n_bucket=n_bucket)
 
 
-def audio_config(fields, path):
-    """transformers' config.json of a wav2vec2 -> audio.AudioConfig"""
-    return make_config("audio", take_fields(fields, FIELDS_AUDIO, SCOPE_AUDIO, set(fields), path), path)
+def read_config(kind, fields, entries, path):
+    """The config of a component in a foreign layout.
+
+    fields  of the config.json beside its tensors, None without one        entries  {their name: Entry}        path  for messages
+    """
+    if kind in ("denoiser", "vae"):
+        return (denoiser_config if kind == "denoiser" else vae_config)(fields, entries, path)
+    return text_config(entries) if kind == "text" else make_config("audio", take_fields(fields, FIELDS_AUDIO, SCOPE_AUDIO, path), path)
 
 
 def identify(name, fields, entries):
     """An official module told by its keys -> kind, config, name table.  name for messages, fields its constructor's arguments"""
-    what, kind = signature(entries)
+    kind = layout(entries)[0]
     if kind is None:
-        raise ValueError(f"{name} is {what or 'an unknown model'}: wanted an official denoiser, VAE, umT5 encoder or wav2vec2 encoder")
-    config = {"denoiser": lambda: denoiser_config(fields, entries, name), "vae": lambda: vae_config(entries, name),
-              "text": lambda: text_config(entries), "audio": lambda: audio_config(fields.get("config", fields), name)}[kind]()
+        raise ValueError(f"{name} is an unknown model: wanted an official denoiser, VAE, umT5 encoder or wav2vec2 encoder")
+    config = read_config(kind, None if kind == "vae" else fields.get("config", fields), entries, name)
     return kind, config, official_rules(kind, config)
-
-
-# ------------------------------------------------------------------------------------------------------- our configs -> diffusers
-
-def diffusers_fields(kind, config):
-    """config.json of a component as diffusers or transformers writes it."""
-    table = {"denoiser": FIELDS_DIFFUSERS, "vae": FIELDS_VAE_DIFFUSERS, "text": FIELDS_TEXT}[kind]
-    fields = {theirs: getattr(config, ours) for theirs, ours in table.items()}
-    if kind == "denoiser":
-        fields |= {name: value for name, value in SCOPE_DIFFUSERS.items() if value is not None}
-        fields |= {"attention_head_dim": config.dim // config.n_head, "rope_max_seq_len": 1024}
-        return {"_class_name": "WanTransformer3DModel"} | fields
-    if kind == "text":
-        return {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | fields | {
-            "d_kv": config.dim_attn // config.n_head, "feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128,
-            "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False}
-    channels = 3 * config.patch ** 2
-    residual = {"decoder_base_dim": config.dec_dim, "is_residual": True, "patch_size": config.patch, "in_channels": channels,
-                "out_channels": channels, "scale_factor_spatial": config.stride[1], "scale_factor_temporal": config.stride[0],
-                "clip_output": False}
-    return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0} | fields | (residual if config.shortcuts else {})
-
-
-def diffusers_pipeline(task, boundary, shift):
-    """{file: JSON fields} that a diffusers folder has beside its components."""
-    denoiser = ["diffusers", "WanTransformer3DModel"]
-    index = {"_class_name": "WanImageToVideoPipeline" if task == "i2v-A14B" else "WanPipeline", "boundary_ratio": boundary,
-             "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-             "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": denoiser,
-             "transformer_2": [None, None] if boundary is None else denoiser, "vae": ["diffusers", "AutoencoderKLWan"]}
-    index |= {"expand_timesteps": True} if task == "ti2v-5B" else {}
-    return {"model_index.json": index,
-            "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
-                                                "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift},
-            "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5TokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
-                                                "unk_token": "<unk>", "model_max_length": 512}}

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from formats import checkpoints
+from formats import checkpoints, foreign
 from audio import audio_features
 from fast.blocks import FastDenoiser, attention_backend
 from sampling import make_solver
@@ -175,7 +175,7 @@ def audio_theirs(s):
     from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
     encoder = module.AudioEncoder.__new__(module.AudioEncoder)      # its __init__ also wants the files for writing transcripts
     encoder.processor = Wav2Vec2FeatureExtractor(do_normalize=True)
-    encoder.model, encoder.video_rate = Wav2Vec2ForCTC.from_pretrained(s.folder / checkpoints.WAV2VEC).to(s.device), 30
+    encoder.model, encoder.video_rate = Wav2Vec2ForCTC.from_pretrained(s.folder / foreign.WAV2VEC).to(s.device), 30
     module.librosa = types.SimpleNamespace(load=lambda path, sr: (voice().numpy(), sr))
     states = encoder.extract_audio_feat("", return_all_layers=True)                                 # (S, T30, C)
     columns, clips = encoder.get_audio_embed_bucket_fps(states, fps=16, batch_frames=80, m=0)       # (P, S, C)

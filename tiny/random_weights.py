@@ -22,9 +22,8 @@ import torch
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from formats import checkpoints
 import convert_weights as convert
-from formats import names
+from formats import checkpoints, foreign, names
 from audio import AudioConfig
 from model import Config
 from text import TextConfig
@@ -32,7 +31,7 @@ from vae import VAE22, VAEConfig
 
 BLOCK = 1_000_003            # random numbers that all tensors are cut from: prime, so that rows of a matrix never repeat each other
 SHARD_BYTES = 10 * 10**9     # as the published shards
-RECIPE = "random numbers: recipe 1"   # another number: tiny checkpoints made earlier are made again
+RECIPE = "random numbers: the picture will be noise; it shows that everything runs, not what the model can do"   # note of a tiny checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------- random numbers
@@ -143,7 +142,7 @@ def write_tiny(task, folder):
     """A tiny random checkpoint in our layout, into an existing folder."""
     make_tokenizer(folder / "tokenizer.json", [checkpoints.SAMPLING[task]["negative_prompt"]])
     sampling = TINY_SAMPLING | (TINY_S2V if task == "s2v-14B" else {})
-    dtypes = dict.fromkeys(names.CONFIGS, torch.bfloat16)
+    dtypes = dict.fromkeys(checkpoints.CONFIGS, torch.bfloat16)
     convert.write_checkpoint(random_checkpoint(task, tiny(task), dtypes, folder / "tokenizer.json", **sampling), folder)
 
 
@@ -231,7 +230,7 @@ def write_official(checkpoint, folder):
             convert.write_json(root / "config.json", denoiser_json(checkpoint.task, part.config))
             write_shards(root, tensors)
         elif part.kind == "audio":
-            write_wav2vec(folder / checkpoints.WAV2VEC, part, tensors)
+            write_wav2vec(folder / foreign.WAV2VEC, part, tensors)
         else:
             vae_name = f"Wan2.{2 if part.kind == 'vae' and part.config.shortcuts else 1}_VAE.pth"
             file = vae_name if part.kind == "vae" else "models_t5_umt5-xxl-enc-bf16.pth"
