@@ -23,7 +23,6 @@ import audio
 import model
 import text
 import vae
-from fast import fp8
 
 # ------------------------------------------------------------------------------------------------------------- facts per task
 
@@ -97,6 +96,7 @@ def require(folder, wanted):
 
 # ------------------------------------------------------------------------------------------------- networks and strict matching
 
+E4M3 = torch.float8_e4m3fn
 NETWORKS = {"denoiser": model.Denoiser, "vae": vae.VAE, "text": text.TextEncoder, "audio": audio.AudioEncoder}
 CONFIGS = {"denoiser": model.Config, "vae": vae.VAEConfig, "text": text.TextConfig, "audio": audio.AudioConfig}
 
@@ -131,6 +131,7 @@ def make_config(kind, fields, path):
 
 
 def may_be_fp8(kind, name):
+    from fast import fp8                                             # here, as below: who plans a run does not need it
     return kind == "denoiser" and fp8.uses_fp8(name)
 
 
@@ -149,7 +150,7 @@ def match(entries, rules, kind, config):
         entries, called, problems = foreign.translate(entries, rules, kind, config)
     for name, shape in parameter_shapes(kind, config).items():
         wanted[name] = shape
-        if name in entries and entries[name].dtype == fp8.E4M3 and may_be_fp8(kind, name):
+        if name in entries and entries[name].dtype == E4M3 and may_be_fp8(kind, name):
             wanted[f"{name}_scale"] = (shape[0], 1)
     for name, entry in entries.items():
         theirs = f"{entry.file}: {called.get(name, name)}"
@@ -157,7 +158,7 @@ def match(entries, rules, kind, config):
             problems.append(f"{theirs} belongs to no parameter")
         elif entry.shape != wanted[name]:
             problems.append(f"{theirs} has shape {entry.shape}, wanted {wanted[name]}")
-        elif entry.dtype == fp8.E4M3 and not may_be_fp8(kind, name):
+        elif entry.dtype == E4M3 and not may_be_fp8(kind, name):
             problems.append(f"{theirs} is float8, which only the denoiser's large matrices may be")
         elif name.endswith(".weight_scale") and entry.dtype != torch.float32:
             problems.append(f"{theirs} is {entry.dtype}, wanted torch.float32")
@@ -173,7 +174,7 @@ def parameter_dtype(kind, name, entry, dtype):
 
     Float8 weights and their scales stay as they are stored; the denoiser's norms and modulation, which are small, are float32.
     """
-    if dtype is None or entry.dtype == fp8.E4M3 or name.endswith(".weight_scale"):
+    if dtype is None or entry.dtype == E4M3 or name.endswith(".weight_scale"):
         return entry.dtype
     return torch.float32 if kind == "denoiser" and ("norm" in name or name.endswith("modulation")) else dtype
 
@@ -185,6 +186,7 @@ def materialise(kind, config, tensors, device="cpu", dtype=None, quantize=False,
     resident  number of blocks that stay on the device while the others are streamed (fast/offload.py); None: all
     """
     dtype_of = partial(parameter_dtype, kind, dtype=dtype)
+    from fast import fp8
     if quantize and kind == "denoiser":
         tensors = fp8.quantized(tensors, device)
     net = fp8.to_fp8(build(kind, config), tensors)

@@ -1,9 +1,15 @@
 """The denoiser, for every task of the family at small sizes on a CPU."""
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
 import model
+from fast.blocks import FastDenoiser
 from model import Config, Denoiser
 
 SMALL = dict(dim=96, ffn_dim=192, n_head=4, n_layer=3, text_dim=32, text_len=12, freq_dim=32)
@@ -49,5 +55,89 @@ def test_every_attention_qualifies_for_a_fused_kernel(task, extra, dtype, grad, 
     monkeypatch.setattr(model.F, "scaled_dot_product_attention", watched)
     with torch.set_grad_enabled(grad):
         net(latents, t, net.prepare(**arguments))
-    assert len(seen) >= 2 * net.cfg.n_layer + len(net.cfg.audio_layers)
+    assert len(seen) == 2 * net.cfg.n_layer + len(net.cfg.audio_layers)
     assert all(kind != SDPBackend.MATH and strides == [1, 1, 1] for _, kind, strides in seen), seen
+
+
+# ---- purity
+
+def test_model_imports_nothing_of_ours(tmp_path):
+    """Alone in a folder it works; and it has no branch on gradients, compilation or device, no cache and no in-place write."""
+    source = Path(model.__file__).read_text()
+    for word in ("is_grad_enabled", "is_compiling", "is_cuda", "lru_cache", "@cache", "copy_(", "add_(", "mul_(", "torch.cuda", "no_grad"):
+        assert word not in source, word
+    (tmp_path / "model.py").write_text(source)
+    program = "import model, torch; net = model.Denoiser(model.Config(dim=48, ffn_dim=96, n_head=2, n_layer=1, audio_dim=0)); print(len(net.blocks))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+def block_inputs(net, motion=True):
+    latents, t, arguments = small_clip(net, motion=motion)
+    cond, (_, mod) = net.prepare(**arguments), net.modulations(t)
+    return net.embed(latents, cond), mod, cond
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_block_called_twice_gives_the_same_bits_and_leaves_its_inputs(grad):
+    net = small_net("s2v")
+    x, mod, cond = block_inputs(net)
+    kept = x.clone(), mod.clone(), cond.rope.clone(), [tuple(part.clone() for part in layer if part is not None) for layer in cond.layers]
+    with torch.set_grad_enabled(grad):
+        for layer, block in enumerate(net.blocks):
+            assert torch.equal(block(x, mod, cond, layer), block(x, mod, cond, layer))
+    assert torch.equal(x, kept[0]) and torch.equal(mod, kept[1]) and torch.equal(cond.rope, kept[2])
+    assert all(torch.equal(a, b) for layer, old in zip(cond.layers, kept[3]) for a, b in zip([p for p in layer if p is not None], old))
+
+
+def test_inference_mode_then_gradients_in_one_process():
+    net = small_net("s2v").requires_grad_(True)
+    latents, t, arguments = small_clip(net, motion=True)
+    with torch.inference_mode():
+        want = net(latents, t, net.prepare(**arguments))
+    got = net(latents, t, net.prepare(**arguments))
+    got.square().mean().backward()
+    assert torch.equal(got, want) and all(p.grad is not None and p.grad.isfinite().all() for n, p in net.named_parameters() if "pose.weight" not in n)
+
+
+STATEMENTS = {               # statements of model.py in the form that stands there -> the other natural form of a fork
+    "x = x + gate1 * self.self_attn.o(y).float()": "x += gate1 * self.self_attn.o(y).float()",
+    "x = x + self.cross_attn(self.cross_norm(x), text)": "x += self.cross_attn(self.cross_norm(x), text)",
+    "return x + gate2 * self.ffn(modulate(layer_norm(x, self.eps), shift2, scale2)).float()":
+        "x += gate2 * self.ffn(modulate(layer_norm(x, self.eps), shift2, scale2)).float(); return x",
+    "return x + self.inject(x, audio, adain)": "y = self.inject(x, audio, adain); x = x.clone(); x += y; return x",
+    "return x * (1 + scale) + shift": "x = x * (1 + scale); x += shift; return x",
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_statements_of_a_block_in_place_train_and_sample_alike(statement, tmp_path):
+    """Training (with gradients), sampling (without) and fast/ give the same numbers whichever way a fork writes a statement."""
+    source = Path(model.__file__).read_text()
+    assert source.count(statement) == 1
+    (tmp_path / "changed.py").write_text(source.replace(statement, STATEMENTS[statement]))
+    spec = importlib.util.spec_from_file_location("changed_model", tmp_path / "changed.py")
+    changed = importlib.util.module_from_spec(spec)
+    sys.modules["changed_model"] = changed
+    spec.loader.exec_module(changed)
+    net, fork = small_net("s2v"), changed.Denoiser(changed.Config(**SMALL, **TASKS["s2v"]))
+    fork.load_state_dict(net.state_dict())
+    latents, t, arguments = small_clip(net, motion=True)
+    want = net(latents, t, net.prepare(**arguments))
+    with torch.no_grad():
+        sampled = fork(latents, t, fork.prepare(**arguments))
+        fast = FastDenoiser(fork, chunk=37)(latents, t, fork.prepare(**arguments))
+    trained = fork(latents, t, fork.prepare(**arguments))
+    assert torch.equal(sampled, trained.detach()) and torch.equal(sampled, want)
+    assert float((fast - want).norm() / want.norm()) < 2e-6
+
+
+def test_only_attend_mixes_tokens():
+    """With attention to itself alone a token's result depends on that token, the text and its frame's audio."""
+    net = small_net("s2v")
+    x, mod, cond = block_inputs(net)
+    other = x.clone()
+    other[:, 5] += 1
+    alone = [net.blocks[0](tokens, mod, cond, 0, lambda q, k, v, layer: v.flatten(2)) for tokens in (x, other)]
+    differs = (alone[0] - alone[1]).abs().amax(-1)[0] > 0
+    assert differs[5] and differs.sum() == 1

@@ -210,7 +210,7 @@ def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
     want = stream(empty(TINY, tensors), tensors, CPU, as_stored)
     for resident in (None, 2):
         net = empty(TINY, tensors)
-        net = FastDenoiser(stream(net, tensors, CPU, as_stored) if resident is None else streamed(net, tensors, resident), chunk=13, compile=True)
+        net = FastDenoiser(stream(net, tensors, CPU, as_stored) if resident is None else streamed(net, tensors, resident), chunk=11, compile=True)
         assert all(isinstance(block.self_attn.rotary, fast_blocks.FlipRotary) for block in all_blocks(net.net))
         for motion in (False, True, False):
             latents, t, conds = clip(net, TINY, motion=motion)
@@ -220,4 +220,4 @@ def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
     fast_blocks.compiled.cache_clear()
     torch._dynamo.reset()
     print(f"graphs after each clip: {counts}")
-    assert 3 <= counts[0] <= 6 and counts == counts[:1] * 6
+    assert counts == [3] * 6                                         # project, finish, audio cross-attention

@@ -1,0 +1,155 @@
+"""fast/blocks.py computes what model.py computes.  python -m pytest -s tests/test_fast.py"""
+import copy
+
+import pytest
+import torch
+from test_model import TASKS, VARIANTS, small_clip, small_net
+
+from fast import blocks, offload
+from fast.attention8 import attention8
+from fast.blocks import FastDenoiser, FlipRotary, SigmoidGELU, make_spans, use_forms_for_compiler, verify
+from model import Block, Denoiser, Rotary, attention
+
+
+def gap(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("task, extra", VARIANTS)
+@pytest.mark.parametrize("chunk", [None, 7, 37])
+def test_chunks_in_place_give_the_same_bits(task, extra, chunk):
+    net = small_net(task)
+    latents, t, arguments = small_clip(net, **extra)
+    before, cond = latents.clone(), net.prepare(**arguments)
+    want, fast = net(latents, t, cond), FastDenoiser(net, chunk=chunk)
+    fast_cond = fast.prepare(**arguments)
+    relative = gap(fast(latents, t, fast_cond), want)
+    print(f"{task} {extra} chunks of {chunk}: relative L2 {relative:.1e}")
+    assert relative < 2e-6                                           # sums of matrix products of other heights are ordered otherwise
+    if chunk is None:
+        assert torch.equal(fast(latents, t, fast_cond), want)
+    assert torch.equal(fast(latents, t, fast_cond), fast(latents, t, fast_cond)) and torch.equal(latents, before)
+
+
+def test_spans_cover_every_token_once():
+    for segments in (((10, 0),), ((10, 0), (7, 1)), ((3, 1), (10, 0))):
+        for chunk in (None, 1, 3, 4, 100):
+            spans = make_spans(segments, chunk)
+            times = [time for start, stop, time in spans for _ in range(start, stop)]
+            assert times == [time for n, time in segments for _ in range(n)]
+            assert [a for a, _, _ in spans] == [0, *(b for _, b, _ in spans)][:-1] and all(b - a <= (chunk or 100) for a, b, _ in spans)
+
+
+def test_attention_in_place_of_the_queries():
+    q, k, v = torch.randn(3, 2, 50, 4, 24).unbind(0)
+    want, place, kept = attention(q, k, v), q.data_ptr(), k.clone()
+    got = blocks.attend(q, k, v, 0)
+    assert torch.equal(got, want) and got.data_ptr() == place and torch.equal(k, kept)
+
+
+def test_the_seam_sees_every_layer_once():
+    net = small_net("s2v")
+    latents, t, arguments = small_clip(net, motion=True)
+    for runner in (lambda attend: net(latents, t, net.prepare(**arguments), attend),
+                   lambda attend: FastDenoiser(net, 13, attend)(latents, t, net.prepare(**arguments))):
+        seen = []
+
+        def watched(q, k, v, layer):
+            seen.append((layer, q.shape))
+            return attention(q, k, v)
+        runner(watched)
+        assert [layer for layer, _ in seen] == list(range(net.cfg.n_layer)) and len({shape for _, shape in seen}) == 1
+
+
+def test_forms_for_the_compiler():
+    x, rope = torch.randn(2, 9, 3, 16), torch.randn(2, 9, 1, 8)
+    assert torch.equal(FlipRotary()(x, rope), Rotary()(x, rope))
+    x = torch.linspace(-12, 12, 4001)
+    assert gap(SigmoidGELU()(x), torch.nn.functional.gelu(x, approximate="tanh")) < 2e-7
+    assert SigmoidGELU()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("task", ["s2v", "ti2v"])
+def test_compiled(task):
+    """The real compiler, on the CPU."""
+    net = small_net(task)
+    latents, t, arguments = small_clip(net)
+    want = net(latents, t, net.prepare(**arguments))
+    fast = FastDenoiser(net, chunk=37, compile=True)
+    relative = gap(fast(latents, t, fast.prepare(**arguments)), want)
+    print(f"compiled {task}: relative L2 {relative:.1e}")
+    assert relative < 2e-6
+
+
+def test_text_keys_on_the_host_give_the_same_bits():
+    net = small_net("s2v")
+    latents, t, arguments = small_clip(net, motion=True)
+    fast, host = FastDenoiser(net), FastDenoiser(net, host_layers=True)
+    assert isinstance(host.prepare(**arguments).layers, offload.HostLayers)
+    assert torch.equal(host(latents, t, host.prepare(**arguments)), fast(latents, t, fast.prepare(**arguments)))
+
+
+def test_8_bit_attention_is_near_exact_attention():
+    net = small_net("s2v")
+    latents, t, arguments = small_clip(net, motion=True)
+    want = FastDenoiser(net)(latents, t, net.prepare(**arguments))
+    assert 0 < gap(FastDenoiser(net, attend=attention8)(latents, t, net.prepare(**arguments)), want) < 0.02
+
+
+# ---- a fork's changes
+
+
+class Doubled(Block):
+    """A change of a part that fast/ uses as it is."""
+
+    def finish(self, x, y, mod, text):
+        return super().finish(x, 2 * y, mod, text)
+
+
+class Added(Block):
+    """A change of how the parts are put together, which fast/ does not know."""
+
+    def forward(self, x, mod, cond, layer, attend=attention):
+        x = super().forward(x, mod, cond, layer, attend)
+        return x + 0.1 * x.roll(1, dims=-1)
+
+
+def fork(kind):
+    class Fork(Denoiser):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            for i, block in enumerate(self.blocks):
+                self.blocks[i] = kind(cfg, block.inject is not None)
+    return Fork
+
+
+def test_a_fork_is_followed_or_noticed():
+    verify(Denoiser)
+    verify(fork(Doubled))
+    with pytest.raises(ValueError, match="does not compute what model.py computes"):
+        verify(fork(Added))
+
+
+@pytest.mark.parametrize("part", ["project", "finish", "audio_cross_attention", "modulations"])
+def test_verify_notices_each_part(part, monkeypatch):
+    """Were one of them not called, or called on other tokens, the networks would differ."""
+    whole = getattr(Block, part)
+    runs = []
+
+    def changed(self, *args):
+        runs.append(part)
+        out = whole(self, *args)
+        return tuple(x * 1.01 for x in out) if isinstance(out, tuple) else out * 1.01
+    monkeypatch.setattr(Block, part, changed)
+    verify(Denoiser)                                                 # both follow
+    assert len(runs) > 2
+
+
+def test_two_forms_of_a_block_are_deep_copies():
+    net = small_net("s2v")
+    twin = copy.deepcopy(net)
+    for block in twin.blocks:
+        use_forms_for_compiler(block)
+    latents, t, arguments = small_clip(net, motion=True)
+    assert gap(twin(latents, t, twin.prepare(**arguments)), net(latents, t, net.prepare(**arguments))) < 1e-6
+    assert set(TASKS) == {"t2v", "i2v", "ti2v", "s2v"}
