@@ -5,7 +5,8 @@
 
 The task is written in the checkpoint; what must be given follows from it.
 
-Prints the plan before any weight is loaded, writes frames as clips are finished. Exit status 2 and one line on stderr for anything wrong with the input; no half-written file is left.
+Prints the plan before any weight is loaded, writes frames as clips are finished. Exit status 2 and one line on stderr for anything wrong
+with the input; no half-written file is left.
 """
 import argparse
 import os
@@ -22,10 +23,11 @@ if __name__ == "__main__":                                           # before to
 import torch
 from tqdm import tqdm
 
-from fast.plan import MAX_CLIP_FRAMES, RunConfig
+from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
-from formats.checkpoints import change_denoisers, open_checkpoint
+from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
 from media.video import check_output
+from sampling import SOLVERS
 from wan_s2v import Stages, WanS2VPipeline, open_writer, run_dtype
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -61,6 +63,13 @@ def numbers(text):
     return values
 
 
+def own(name, but=None):
+    """What the checkpoints of each task have as default, for the help."""
+    def text(value):
+        return "x".join(map(str, value)) if name == "size" else ",".join(f"{v:g}" for v in value) if isinstance(value, list) else f"{value:g}"
+    return "the checkpoint's: " + ", ".join(f"{task} {text(values[name])}" for task, values in SAMPLING.items() if task != but)
+
+
 def parser():
     """The command line. A default of None is the checkpoint's own value, named in the help."""
     p = argparse.ArgumentParser(description="One picture and one sound become one video; with other checkpoints a prompt, or a picture.", epilog=EXAMPLES,
@@ -77,22 +86,23 @@ def parser():
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
-                   "size (default: S2V-14B 1024x704, A14B 1280x720, TI2V-5B 1280x704, tiny 128x128)")
-    g.add_argument("--frames", type=int, help="of the video (S2V: at most, default as long as the audio; others 4n + 1, default A14B 81, "
-                   "TI2V-5B 121, tiny 33)")
+                   f"size (default: {own('size')})")
+    g.add_argument("--frames", type=int, help="of the video (S2V: at most, default as long as the audio; others 4n + 1, default "
+                   f"{own('frames', but='s2v-14B')})")
     g.add_argument("--clips", type=int, help="clips to make, at most (default: as many as the audio needs)")
-    g.add_argument("--clip-frames", type=int, help=f"frames made at once, a multiple of 4, at most {MAX_CLIP_FRAMES} (default: 80)")
+    g.add_argument("--clip-frames", type=int, help=f"frames made at once, a multiple of 4, at most {MAX_CLIP_FRAMES} (default: "
+                   f"{SAMPLING['s2v-14B']['frames']})")
     g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off; weights/tiny then "
                    "speaks 3 frames late: add --av-offset 3)")
     g.add_argument("--av-offset", type=int, default=0, metavar="FRAMES",
                    help="play the sound this many frames later, or earlier if negative: -3 undoes the official lead of the mouth over the "
                         "sound, 187.5 ms (default: 0, as official)")
     g = p.add_argument_group("sampler")
-    g.add_argument("--steps", type=int, help="denoising steps (default: TI2V-5B 50, others 40, tiny 12)")
-    g.add_argument("--shift", type=float, help="schedule shift towards high noise (default: S2V-14B 3, T2V-A14B 12, I2V-A14B 5, TI2V-5B 5)")
+    g.add_argument("--steps", type=int, help=f"denoising steps (default: {own('steps')})")
+    g.add_argument("--shift", type=float, help=f"schedule shift towards high noise (default: {own('shift')})")
     g.add_argument("--guidance", type=numbers, help="classifier-free guidance, 1 turns it off; two values LOW,HIGH for the low- and high-noise "
-                   "experts (default: S2V-14B 4.5, T2V-A14B 3,4, I2V-A14B 3.5, TI2V-5B 5, tiny 1.5)")
-    g.add_argument("--solver", help="unipc, dpm++ or euler (default: unipc)")
+                   f"experts (default: {own('guidance')})")
+    g.add_argument("--solver", help=f"{', '.join(SOLVERS)} (default: unipc)")
     g.add_argument("--seed", type=int, default=42, help="seed of clip 0; clip r uses seed + r (default: 42)")
     g = p.add_argument_group("machine")
     g.add_argument("--ckpt", help="folder in the official or converted layout (default: weights/tiny, trained on drawn faces)")
@@ -107,7 +117,8 @@ def parser():
     g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
                    help="self-attention in 8 bits: faster on GPUs with 8-bit tensor cores, off by 3.5%% of each attention output on "
                         "random inputs (default: off)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, from 5 steps on)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, where it saves more "
+                   f"than the {COMPILE_SECONDS} s that it takes)")
     return p
 
 
