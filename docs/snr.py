@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from solver import make_solver, snr  # noqa: E402
+from sampling import make_solver, snr  # noqa: E402
 
 RUNS = [("T2V-A14B, shift 12, boundary 0.875", 12, 0.875), ("I2V-A14B, shift 5, boundary 0.900", 5, 0.900), ("S2V-14B, shift 3, one expert", 3, None)]
 WIDTH, HEIGHT, LEFT, TOP, STEPS, DB = 860, 380, 70, 40, 40, (-60, 30)
