@@ -1,4 +1,4 @@
-"""Properties of text.py and solver.py that need no weights.  python -m pytest test_text_solver.py   (seconds, CPU)"""
+"""Properties of text.py and of sampling.py's solvers that need no weights.  pytest tests/test_text_solver.py"""
 import math
 
 import pytest
@@ -6,11 +6,10 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers, processors
 
-from solver import SIGMA_MAX, make_solver, snr
+from sampling import SIGMA_MAX, make_solver, snr
 from text import TextConfig, TextEncoder, Tokenizer, clean_prompt, encode_prompt, position_buckets
 
-# ---- solver.py
-
+# ----------------------------------------------------------------------------------------------------------------- solvers
 
 def run(solver, velocity, x, steps=None):
     """Follow a trajectory; velocity(x, sigma)."""
@@ -46,15 +45,6 @@ def test_a_network_that_knows_the_picture_is_followed_to_it(name, steps):
     assert torch.allclose(end, picture, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, tolerance", [("euler", 1e-2), ("dpm++", 1e-3), ("unipc", 1e-3)])
-def test_linear_ode(name, tolerance):
-    """dx/dsigma = -0.8 x on the released schedule: x(0) = x(start) exp(0.8 start)."""
-    for steps, factor in ((10, 30), (80, 1)):
-        solver = make_solver(name, steps, 3)
-        exact = math.exp(0.8 * solver.levels[0])
-        assert abs(run(solver, lambda x, sigma: -0.8 * x, torch.ones(1)).item() - exact) < factor * tolerance * exact
-
-
 @pytest.mark.parametrize("name, order", [("euler", 1), ("dpm++", 2), ("unipc", 3)])
 def test_order_of_convergence(name, order):
     """dx/dsigma = x - 2 sigma, x = c exp(sigma) + 2 sigma + 2. Halving the steps, even in lambda, divides the error by 2^order."""
@@ -77,13 +67,13 @@ def test_order_of_convergence(name, order):
 
 def test_corrector_is_the_weighted_mean_of_a_parabola():
     solver = make_solver("unipc", 12, 3)
-    h, q = solver.width(5), solver.width(4) / solver.width(5)
+    h, q = solver.h(5), solver.h(4) / solver.h(5)
     parabola = lambda tau: 0.3 - 1.1 * tau + 0.7 * tau ** 2
-    solver.known = [torch.tensor(parabola(tau), dtype=torch.float64) for tau in (-q, 0.0, 1.0)]
+    solver.x0_history = [torch.tensor(parabola(tau), dtype=torch.float64) for tau in (-q, 0.0, 1.0)]
     tau = (torch.arange(100000, dtype=torch.float64) + 0.5) / 100000
     weight = (h * tau).exp()
     mean = (weight * parabola(tau)).sum() / weight.sum()
-    assert abs(solver.corrected_average(5) - mean) < 1e-8
+    assert abs(solver.correct(5) - mean) < 1e-8
 
 
 def test_equal_timesteps_are_two_steps():
@@ -103,16 +93,14 @@ def test_a_solver_can_be_used_again(name):
 
 @pytest.mark.parametrize("args, words", [
     (("heun", 40, 3), "'heun': choose one of unipc, dpm++"), (("unipc", 0, 3), "from 1 to 1000, got 0"), (("euler", 2.5, 3), "got 2.5"),
-    (("euler", math.inf, 3), "got inf"), (("unipc", 40, 0), "positive number, got 0"), (("dpm++", 40, math.nan), "got nan"),
-    (("euler", 40, 1e9), "closer than float32")])
+    (("unipc", 40, 0), "positive number, got 0"), (("euler", 40, 1e9), "closer than float32")])
 def test_solver_errors(args, words):
     with pytest.raises(ValueError) as error:
         make_solver(*args)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-# ---- text.py
-
+# -------------------------------------------------------------------------------------------------------------------- text
 
 @pytest.mark.parametrize("raw, clean", [
     ("  a \t red\n\nface ", "a red face"),
@@ -199,14 +187,9 @@ def test_padding_changes_nothing(tokenizer_file):
 
 
 @torch.no_grad()
-def test_blocks_are_pure_functions(tokenizer_file):
-    """Running the blocks one by one, in copies, equals the encoder: they may be streamed."""
-    model, ids = encoder(), torch.randint(3, 30, (1, 9))
-    x, bucket = model.embed(ids), position_buckets(9, 32, 128)
-    for block in model.blocks:
-        x = block(x, bucket, None)
-    assert torch.equal(model.norm(x), model(ids)) and torch.equal(model(ids), model(ids))
-    reference, dtypes = model(ids), []                                # bfloat16 linears, float32 residual stream
-    model.blocks[0].register_forward_pre_hook(lambda block, args: dtypes.append(args[0].dtype))
+def test_bfloat16_keeps_a_float32_residual_stream():
+    model, ids, dtypes = encoder(), torch.randint(3, 30, (1, 9)), []
+    reference = model(ids)
+    model.blocks[1].register_forward_pre_hook(lambda block, args: dtypes.append(args[0].dtype))
     assert (model.bfloat16()(ids).float() - reference).norm() < 0.1 * reference.norm()
     assert dtypes == [torch.float32]
