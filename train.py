@@ -79,7 +79,8 @@ def velocity_loss(net, clips, text, sigma, eps):
     """Weighted mean square error of the velocity.  text (B, S, C) umT5 rows of the captions, sigma (B,), eps (B, z, T, H, W) -> scalar"""
     s = sigma.view(-1, 1, 1, 1, 1)
     cond = net.prepare(clips.latents.shape[2:], text, clips.audio, clips.ref, clips.motion)
-    velocity = net((1 - s) * clips.latents + s * eps, 1000 * sigma, cond)
+    with attention_backend(eps.device):
+        velocity = net((1 - s) * clips.latents + s * eps, 1000 * sigma, cond)
     return (clips.weight * (velocity - (eps - clips.latents)).square()).mean() / clips.weight.mean()
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import soundfile
 import torch
 
-from tiny import faces
-from tiny import metrics
 import sample
 from audio import audio_features, load_audio
-from formats.checkpoints import open_checkpoint
 from fast.plan import Machine
+from formats.checkpoints import open_checkpoint
 from sampling import denoise
 from solver import make_solver
+from tiny import faces, metrics
 from wan_s2v import encode_text, load_experts
 
 HERE = Path(__file__).parents[1]
