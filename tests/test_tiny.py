@@ -1,4 +1,6 @@
-"""The committed tiny checkpoint, end to end: lips follow the sound in the written file. python -m pytest -s test_tiny.py   (half a minute, CPU)
+"""The committed tiny checkpoint, end to end: lips follow the sound in the written file.
+
+    python -m pytest -s tests/test_tiny.py        half a minute on a CPU
 
 One frame off, the sound of another clip, a later clip that is not decoded behind the one before it, and motion tokens that are left out fail here.
 """

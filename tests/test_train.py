@@ -182,6 +182,19 @@ def test_sound_and_caption_are_dropped_together(drop, least, most):
     assert all(getattr(left, name) is getattr(clips, name) for name in ("latents", "ref", "motion", "weight"))
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_noise_is_drawn_for_latents_and_motion(later):
+    before = random_clips(1000, later)
+    clips, eps = train.draw_noise(before, 0.5, seeded())
+    assert eps.shape == clips.latents.shape and abs(eps.mean()) < 0.02 and abs(eps.std() - 1) < 0.02
+    assert all(x is y for x, y, name in zip(clips, before, Clips._fields) if name != "motion")
+    if not later:
+        assert clips.motion is None
+    else:                                                            # standard deviations from 0 to 0.5, evenly distributed
+        amount = (clips.motion - before.motion).flatten(1).square().mean(dim=1).sqrt()
+        assert amount.min() < 0.02 and 0.4 < amount.max() < 0.8 and abs(amount.mean() - 0.25) < 0.02
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """What faces.draw was asked for. The picture of frame k is k all over, so that of a later clip is known by its numbers."""
@@ -332,6 +345,27 @@ def test_resume_is_exact(stage, runs, speech, tmp_path):
     assert alike(*moments)
 
 
+def test_step_of_the_optimiser(tmp_path):
+    """Six steps beside six written out: learning rate with warmup and cosine, clipped gradient, AdamW, averaged weights."""
+    net, w = torch.nn.ModuleDict({"x": torch.nn.Linear(1, 1, bias=False)}), torch.nn.Parameter(torch.tensor([[2.0]]))
+    with torch.no_grad():
+        net["x"].weight.fill_(2)
+    stage = optimise.Stage(net, lambda step: (None, torch.tensor(step + 1.0)), lambda _, factor: factor * net["x"].weight.square().sum())
+    o = parse("dit", "--out", str(tmp_path), "--steps", "6", "--lr", "0.1", "--warmup", "3", "--decay", "0.2", "--clip", "5", "--ema", "0.3")
+    train.train("a", stage, o, CPU)
+    optimiser, average, losses = torch.optim.AdamW([w], betas=(0.9, 0.99), weight_decay=0.2), w.detach().clone(), []
+    for step, (rate, keep) in enumerate(zip((1 / 3, 2 / 3, 1, 1, 1, 1), (0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3), strict=True)):
+        optimiser.param_groups[0]["lr"] = 0.1 * rate * (1 + np.cos(np.pi * step / 6)) / 2
+        losses.append((step + 1) * w.item() ** 2)
+        w.grad = (2 * (step + 1) * w.detach()).clamp(-5, 5)
+        optimiser.step()
+        average = keep * average + (1 - keep) * w.detach()
+    saved = state(tmp_path / "a.pt")
+    torch.testing.assert_close(saved["weights"][0], w.detach())
+    torch.testing.assert_close(net["x"].weight.detach(), average)    # is what is left in the network
+    torch.testing.assert_close([row[1] for row in saved["log"]], losses, rtol=1e-5, atol=0)
+
+
 def test_losses_between_two_lines_of_the_log_are_not_lost(tmp_path):
     """The log has a line for several steps; a stop in between changes no number."""
     logs = []
@@ -480,7 +514,6 @@ def test_picture_and_sound_of_a_film_are_lead_frames_apart(films, monkeypatch):
     (["vae", "--speech", "EMPTY"], "wanted a folder with sound files"),
     (["dit", "--out", "EMPTY"], "vae.weights.pt is not there: run `python -m tiny.stages vae` first"),
     (["export", "--out", "EMPTY"], "is not there: run"),
-    (["vae", "--device", "gpu"], "device must be cpu, cuda, cuda:1 or auto, got gpu"),
     (["tune", "--ckpt", "EMPTY"], "is no checkpoint"),
     (["tune", "--ckpt", "TINY", "--data", "EMPTY"], "got 0 videos: add some"),
     (["tune", "--ckpt", "TINY", "--data", "FILMS", "--targets", "self_attn.x"], "no block has a linear layer self_attn.x: wanted some of"),

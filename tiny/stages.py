@@ -201,7 +201,7 @@ def export(o, device):
 # --------------------------------------------------------------------------------------------------------------- command line
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m tiny.stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     command = partial(commands.add_parser, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
