@@ -237,6 +237,18 @@ def test_lips_sound_and_latents_of_drawn_clips(later, drawn, monkeypatch):
         assert not wav[1000 * (start + int((audio != 0).sum())):1000 * frames].any()
 
 
+def test_pool_slides_with_the_step():
+    """Groups 0 to 3 at first, then one more every 3 steps; the kinds take turns, and a new pool draws the same at any step."""
+    def make(number):
+        return Clips(*(torch.full((2, 1), float(number)) for _ in Clips._fields))
+    pool = tiny_clips.Pool(make, 4, 3)
+    for step in range(20):
+        drawn = pool.draw(step, 100, seeded(step))
+        numbers = [number for number in range(step // 3, step // 3 + 4) if number % 2 == step % 2]
+        assert sorted(set(drawn.latents.flatten().tolist())) == numbers and len(pool.held) <= 4
+        assert alike(drawn, tiny_clips.Pool(make, 4, 3).draw(step, 100, seeded(step)))
+
+
 def test_drawn_pictures_show_no_held_out_face(drawn, speech):
     for frames in (1, 5):
         stages.drawn_videos(64, frames, seeded(), tiny_clips.speech.load_folder(speech))
@@ -470,6 +482,20 @@ def test_lora_merges_as_it_was_trained(tiny, films, tmp_path):
                 said = [each(clip.latents, torch.tensor([900.0]), each.prepare(*inputs)) for each in (net, whole)]
             torch.testing.assert_close(*said, rtol=1e-4, atol=1e-5)
     assert convert_weights.main([str(tiny), str(tmp_path / "merged"), "--lora", given[0], "--lora", given[1]]) == 0
+
+
+def test_experts_and_kinds_of_clip_take_turns(tiny, films, runs, speech):
+    """And every step has noise of its own, the same when it is drawn again."""
+    o = parse("tune", "--data", str(films), "--lora", "1")
+    tuned = train.tune_stage(o, checkpoints.open_checkpoint(tiny), CPU)
+    turns = [tuned.batch(step) for step in range(4)]
+    assert [expert for expert, *_ in turns] == ["denoiser_high", "denoiser_low"] * 2
+    assert [motion is None for _, _, _, _, motion, *_ in turns] == [True, True, False, False]
+    drawn = train.dit_stage(parse(*arguments("dit_both", speech, runs)), CPU)
+    assert [drawn.batch(step)[3] is None for step in range(4)] == [True, False] * 2
+    for stage in (tuned, drawn):
+        noise = [stage.batch(step)[-1] for step in (0, 1, 0)]
+        assert torch.equal(noise[0], noise[2]) and not (noise[0][:, :, 0, 0, 0] == noise[1][:, :, 0, 0, 0]).any()
 
 
 def test_lora_file_has_official_names(tiny, films, tmp_path):
