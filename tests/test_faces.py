@@ -1,4 +1,7 @@
-"""The drawn world: sound -> mouth, faces and their captions, motion, pictures.  Run: python -m pytest -s test_faces.py  (seconds, CPU)"""
+"""The drawn world: sound -> mouth, faces and their captions, motion, pictures.
+
+    python -m pytest -s tests/test_faces.py        seconds on a CPU
+"""
 import itertools
 import math
 import shutil
@@ -144,14 +147,10 @@ def test_captions_change_what_they_say_and_nothing_else():
     assert 0.35 < silent < 0.45 and len(set(captions)) > 150
 
 
-def test_caption_and_apply():
+def test_apply():
     face = faces.identities(1, generator())
-    assert faces.caption("red", "blue", "happy") == "a person with red hair, blue background, happy"
-    assert faces.caption(mood="sad") == "a person, sad" and faces.caption() == ""
     assert torch.equal(faces.apply(face), face)
     assert faces.apply(face, hair="grey")[0, faces.COLUMN["hair_b"]] == faces.colours(faces.HAIR)[4, 2]
-    with pytest.raises(ValueError, match="faces know hair black, brown"):
-        faces.apply(face, hair="green")
 
 
 # ---- motion and pictures ---------------------------------------------------------------------------------------------

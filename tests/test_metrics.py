@@ -1,4 +1,7 @@
-"""pytest test_metrics.py    the meters on true drawings, where the answer is known; a checkpoint of random numbers through evaluate.py"""
+"""The meters on true drawings, where the answer is known; a checkpoint of random numbers through evaluate.py.
+
+    python -m pytest -s tests/test_metrics.py        half a minute on a CPU
+"""
 import json
 import math
 from pathlib import Path
@@ -10,14 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tiny import evaluate
-from tiny import random_weights as fake_checkpoint
-from tiny import faces
-from tiny import metrics
 from audio import RATE
-from tiny.faces import FPS
-from test_speech import voices
 from media.video import VideoWriter
+from tiny import evaluate, faces, metrics, random_weights
+from tiny.faces import FPS
 
 P = 64                       # frames: 4 seconds
 
@@ -129,7 +128,7 @@ def test_written_file(world, tmp_path, capsys):
     metrics.to_picture(references[0]).save(png)
     with VideoWriter(mp4, (128, 128), FPS, audio=str(wav)) as out:
         out.write(faces.draw(shown, faces.motions(1, P, g), mouth[:1])[0])
-    case = evaluate.Case("a", str(wav), 0.0, str(png), 0, asked, faces.caption(**asked))
+    case = evaluate.Case("a", str(wav), 0.0, str(png), 0, asked, f"a person with {asked['hair']} hair, sad")
     result, tiles = evaluate.judge(mp4, case, people, 80)
     assert result["lag"] == 0 and result["now"] > 0.97 and result["width"] > 0.9 and len(tiles) == 4
     assert result["person"] and result["obeyed"] == [True, True] and result["kept"] == [True]
@@ -214,7 +213,7 @@ def test_numbers_of_all_videos():
 
 
 def test_bad_input(tmp_path, capsys):
-    soundfile.write(tmp_path / "a.wav", voices(1)[0].numpy(), RATE)
+    soundfile.write(tmp_path / "a.wav", speech(1)[0].numpy(), RATE)
     assert metrics.main([str(tmp_path / "a.wav")]) == 2 and metrics.main([str(tmp_path / "none.mp4")]) == 2
     assert evaluate.main(["--speech", str(tmp_path), "--seconds", "9", "--out", str(tmp_path / "out")]) == 2
     assert evaluate.main(["--videos", "0"]) == 2
@@ -226,7 +225,7 @@ def test_bad_input(tmp_path, capsys):
 def test_evaluate_on_random_numbers(tmp_path, capsys):
     """A checkpoint of random numbers: everything runs, and nothing is taken for right."""
     folder = tmp_path / "tiny"
-    fake_checkpoint.ensure_tiny(folder)
+    random_weights.ensure_tiny(folder)
     (tmp_path / "speech").mkdir()
     for i, wav in enumerate(speech(2)):
         soundfile.write(tmp_path / "speech" / f"{i}.wav", wav.numpy(), RATE)

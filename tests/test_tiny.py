@@ -1,4 +1,6 @@
-"""The committed tiny checkpoint, end to end: lips follow the sound in the written file. python -m pytest -s test_tiny.py   (half a minute, CPU)
+"""The committed tiny checkpoint, end to end: lips follow the sound in the written file.
+
+    python -m pytest -s tests/test_tiny.py        half a minute on a CPU
 
 One frame off, the sound of another clip, a later clip that is not decoded behind the one before it, and motion tokens that are left out fail here.
 """
@@ -7,15 +9,12 @@ from pathlib import Path
 import soundfile
 import torch
 
-from tiny import faces
-from tiny import metrics
 import sample
 from audio import audio_features, load_audio
 from formats.checkpoints import open_checkpoint
-from fast.plan import Machine
-from sampling import denoise
-from solver import make_solver
-from wan_s2v import encode_text, load_experts
+from sampling import denoise, make_solver
+from tiny import faces, metrics
+from wan_s2v import WanS2VPipeline, encode_text, load_experts
 
 HERE = Path(__file__).parents[1]
 VOICE, ITALIAN, FACE, WEIGHTS = (HERE / name for name in ("samples/voice.flac", "samples/italian.flac", "samples/face.png", "weights/tiny"))
@@ -59,9 +58,10 @@ def test_later_clip_goes_on(tmp_path):
 def test_later_clip_remembers_the_past():
     """The reference picture is green, the 73 frames before the clip are yellow: with motion tokens the clip stays yellow, without it turns green."""
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
-    checkpoint, machine, wav = open_checkpoint(WEIGHTS), Machine(cpu, torch.float32), load_audio(VOICE)
-    vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, machine)
-    (text, *_), (columns, _) = encode_text(checkpoint, [""], machine), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
+    checkpoint, wav = open_checkpoint(WEIGHTS), load_audio(VOICE)
+    plan = WanS2VPipeline(checkpoint).plan(audio=VOICE, image=FACE)
+    vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, plan)
+    (text, *_), (columns, _) = encode_text(checkpoint, [""], plan), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
     green, yellow = (faces.apply(faces.held_out_identities(1), background=colour) for colour in ("green", "yellow"))
     past = faces.draw(yellow, torch.zeros(1, 73, 4), faces.articulation(wav, torch.arange(73) / 16)[None])
     with torch.no_grad():
@@ -70,11 +70,12 @@ def test_later_clip_remembers_the_past():
         for tokens in (motion, None):
             arguments = dict(shape=(20, 16, 16), text=text, audio=columns[None], ref=ref, motion=tokens)
             noise = torch.randn(1, 16, 20, 16, 16, generator=torch.Generator().manual_seed(1))
-            latents = denoise(experts, make_solver("unipc", 4, 3.0), noise, lambda positive: arguments, (1.0,))
+            latents = denoise(experts.begin(arguments, arguments, (1.0,)), make_solver("unipc", 4, 3.0), noise)
             frame = vae.decode(latents[:, :, -2:])[0, :, -1]             # alone: nothing of the past but what was denoised
-            seen.append([(frame - faces.reference(face, torch.Generator().manual_seed(0))[0]).square().mean().sqrt().item() for face in (yellow, green)])
+            stills = [faces.reference(face, torch.Generator().manual_seed(0))[0] for face in (yellow, green)]
+            seen.append([(frame - still).square().mean().sqrt().item() for still in stills])
     (kept, _), (_, forgotten) = seen
-    print(f"distance to the past and to the picture: {seen[0][0]:.3f} and {seen[0][1]:.3f} with motion tokens, {seen[1][0]:.3f} and {seen[1][1]:.3f} without")
+    print("distances to the past and to the picture, with motion tokens, then without:", seen)
     assert kept < 0.6 * seen[0][1] and forgotten < 0.6 * seen[1][0]
 
 

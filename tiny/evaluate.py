@@ -32,15 +32,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from tiny import faces
-from tiny import metrics
 from audio import RATE
-from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
-from fast.plan import Machine, pick_device
+from fast.probe import pick_device
 from sample import numbers, open_folder
-from wan_s2v import Options, WanS2VPipeline, open_writer, run_dtype
+from tiny import faces, metrics
+from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
+from wan_s2v import WanS2VPipeline, open_writer
 
-CHOICES = {"hair": list(HAIR), "background": list(BACKGROUND), "mood": list(MOODS)}       # what captions name
+CHOICES = {"hair": list(HAIR), "background": list(BACKGROUND), "mood": list(MOODS)}       # what captions can name
 PLACE = {"hair": COLUMN["hair_name"], "background": COLUMN["background_name"], "mood": COLUMN["mood"]}
 TILE = 96                    # pixels of a frame on the sheet
 
@@ -59,7 +58,7 @@ class Case:
     prompt: str = ""
 
 
-def ask(person, generator):
+def captioned(person, generator):
     """A caption that names something, for a face (D,) -> (caption, {"hair": name, ...})"""
     shown, captions = faces.captioned(person[None].repeat(32, 1), generator)
     for row, caption in zip(shown, captions):
@@ -92,15 +91,15 @@ def make_cases(args, people, out):
         path, length = sounds[i % len(sounds)]
         start = round(rng.uniform(0, length - args.seconds), 2)
         turn = i // len(people)                                       # every person with a caption in one turn and without in the next
-        prompt, asked = ask(people[person], generator) if (person + turn) % 2 else ("", {})
+        prompt, asked = captioned(people[person], generator) if (person + turn) % 2 else ("", {})
         if i >= args.videos:
             path, start = str(out / "silence.wav"), 0.0
         cases.append(Case(name, path, start, str(out / f"{name}.png"), person, asked, prompt))
     return cases
 
 
-class Kept:
-    """A checkpoint whose networks are loaded once and then shared by all videos."""
+class LoadedOnce:
+    """A checkpoint whose networks are loaded once and shared by all videos."""
 
     def __init__(self, checkpoint):
         self.checkpoint, self.load = checkpoint, cache(checkpoint.load)
@@ -110,14 +109,14 @@ class Kept:
 
 
 def options(case, args):
-    return Options(audio=case.audio, image=case.image, prompt=case.prompt, size=(SIZE, SIZE), steps=args.steps, shift=args.shift,
-                   guidance=args.guidance, solver=args.solver, seed=args.seed + int(case.name), clips=args.clips,
-                   clip_frames=args.clip_frames, start=case.start, duration=args.seconds)
+    return dict(audio=case.audio, image=case.image, prompt=case.prompt, size=(SIZE, SIZE), steps=args.steps, shift=args.shift,
+                guidance=args.guidance, solver=args.solver, seed=args.seed + int(case.name), clips=args.clips,
+                clip_frames=args.clip_frames, start=case.start, duration=args.seconds)
 
 
 def make_video(pipeline, case, args, out):
     """-> path of the mp4"""
-    plan, path = pipeline.plan(options(case, args)), out / f"{case.name}.mp4"
+    plan, path = pipeline.plan(**options(case, args)), out / f"{case.name}.mp4"
     with open_writer(path, plan) as writer:
         for frames in pipeline.generate(plan):
             writer.write(frames)
@@ -214,7 +213,7 @@ def share(values):
     return sum(values) / len(values) if values else None
 
 
-def middle(values):
+def median(values):
     """Median of those that are not None; None if none is left."""
     values = [value for value in values if value is not None]
     return round(float(np.median(values)), 4) if values else None
@@ -230,19 +229,19 @@ def summary(spoken, silent):
     low, high = openings.quantile(0.05).item(), openings.quantile(0.95).item()
     lags = [r["lag"] for r in spoken]
     absolute, mean = shuffled(spoken)
-    numbers = spread("now") | spread("best") | spread("width")
-    numbers |= dict(lag=float(np.median(lags)), lag_zero=share([lag == 0 for lag in lags]), shuffled=absolute, shuffled_mean=mean,
+    n = spread("now") | spread("best") | spread("width")
+    n |= dict(lag=float(np.median(lags)), lag_zero=share([lag == 0 for lag in lags]), shuffled=absolute, shuffled_mean=mean,
                     opening_range=[low, high])
     if silent:
-        numbers["silence"] = torch.cat([r["measured"] for r in silent]).mean().item() / max(high - low, 1e-6)
-    numbers |= spread("psnr_still") | spread("psnr_moved")
-    numbers |= dict(person=share([r["person"] for r in spoken]), obeyed=share([ok for r in spoken for ok in r["obeyed"]]),
+        n["silence"] = torch.cat([r["measured"] for r in silent]).mean().item() / max(high - low, 1e-6)
+    n |= spread("psnr_still") | spread("psnr_moved")
+    n |= dict(person=share([r["person"] for r in spoken]), obeyed=share([ok for r in spoken for ok in r["obeyed"]]),
                     asked=sum(len(r["obeyed"]) for r in spoken), kept=share([ok for r in spoken for ok in r["kept"]]))
     seams = [r["seam"] for r in spoken if len(r["clips"]) > 1]
-    numbers |= dict(seam=float(np.median(seams))) if seams else {}
-    numbers["drift"] = [{name: middle([r["clips"][i][name] for r in spoken if len(r["clips"]) > i])
+    n |= dict(seam=float(np.median(seams))) if seams else {}
+    n["drift"] = [{name: median([r["clips"][i][name] for r in spoken if len(r["clips"]) > i])
                          for name in ("opening", "colour", "contrast", "sharpness")} for i in range(max(len(r["clips"]) for r in spoken))]
-    return numbers
+    return n
 
 
 def table(n):
@@ -305,7 +304,7 @@ def evaluate(args):
     if min(args.videos, args.people) < 1 or args.silent < 0 or args.seconds < 1.5:
         raise ValueError(f"wanted 1 or more videos and people and 1.5 s or more, got {args.videos}, {args.people}, {args.seconds:g} s")
     device = pick_device(args.device)
-    pipeline = WanS2VPipeline(Kept(open_folder(args.ckpt)), Machine(device, run_dtype(None, device), quantize=args.fp8))
+    pipeline = WanS2VPipeline(LoadedOnce(open_folder(args.ckpt)), device=device, fp8=args.fp8)
     args.out.mkdir(parents=True, exist_ok=True)
     people = faces.held_out_identities(args.people, args.seed)
     results, tiles, seconds = [], [], 0.0

@@ -5,7 +5,7 @@ A face is a row of numbers, one per column of FIELDS; sound gives the mouth, `mo
 Axes    n faces   P pixel frames   D columns of a face   h w picture size   m pictures of the n*P, painted at once
         S samples   J windows of sound
 Units   head coordinates: pixels of a face of scale 1, (0, 0) between the eyes and the nose, y down; colours 0..1, pictures -1..1
-Random  numbers are made where the generator lives and then moved: the same generator state gives the same faces on every device.
+Random  numbers are made on the generator's device and then moved: the same generator gives the same faces on every device.
 """
 import argparse
 import math
@@ -21,10 +21,10 @@ RATE = 16000         # Hz
 
 # ---- sound -> mouth --------------------------------------------------------------------------------------------------
 WINDOW, HOP = 400, 80             # samples: 25 ms windows, one every 5 ms, centred on sample j * HOP
-BAND = 150.0, 4000.0              # Hz: voice; what hisses above it does not open a mouth
+BAND = 150.0, 4000.0              # Hz: voice; sibilants lie above it and do not open a mouth
 FLOOR, CEILING = -17.0, 4.5       # dB relative to the mean power of the sound: closed, wide open
 ROUND, SPREAD = 380.0, 1750.0     # Hz, spectral centroid of narrow lips ("oo") and of wide ones ("ee")
-SMOOTH = 0.08                     # s, full width at half height of the Hann kernel that stands for the inertia of jaw and lips
+SMOOTH = 0.08                     # s, full width at half maximum of the Hann kernel: the inertia of jaw and lips
 REST = 0.08                       # share of the smoothed range cut off at either end, so that short closures close and vowels open
 
 
@@ -53,7 +53,7 @@ def articulation(wav, times):
     spread = (torch.log(centroid / ROUND) / math.log(SPREAD / ROUND)).clamp(0, 1)
     tracks = smooth(torch.stack([loud, (4 * loud).clamp(max=1) * (spread - 0.5)], dim=1))     # (n, 2, J)
     times = times.to(wav.device, torch.float32)
-    mouth = at(tracks, times * (RATE / HOP)) * ((times >= 0) & (times * RATE <= wav.shape[-1]))
+    mouth = interpolate(tracks, times * (RATE / HOP)) * ((times >= 0) & (times * RATE <= wav.shape[-1]))
     mouth = torch.stack([(mouth[:, 0] - REST) / (1 - 2 * REST), mouth[:, 1] + 0.5], dim=-1).clamp(0, 1)      # (n, P, 2)
     return mouth.reshape(*wav.shape[:-1], *mouth.shape[1:])
 
@@ -73,13 +73,13 @@ def spectrum(x):
 
 
 def smooth(tracks):
-    """tracks (n, c, J) -> same, each averaged over a Hann kernel whose full width at half height is SMOOTH; closed outside."""
+    """tracks (n, c, J) -> same, each averaged over a Hann kernel whose full width at half maximum is SMOOTH; closed outside."""
     half = round(SMOOTH * RATE / HOP)
     kernel = torch.hann_window(2 * half + 1, periodic=False, device=tracks.device)
     return (F.pad(tracks, (half, half)).unfold(-1, 2 * half + 1, 1) * (kernel / kernel.sum())).sum(-1)
 
 
-def at(tracks, where):
+def interpolate(tracks, where):
     """tracks (n, c, J) at fractional positions `where` (P,) -> (n, c, P), linear between columns, clamped at the ends."""
     where = where.clamp(0, tracks.shape[-1] - 1)
     left = where.floor().long().clamp(max=max(tracks.shape[-1] - 2, 0))
@@ -91,7 +91,7 @@ HAIR = {"black": (36, 34, 42), "brown": (92, 56, 34), "yellow": (238, 198, 70), 
 BACKGROUND = {"blue": (112, 164, 218), "green": (124, 188, 138), "purple": (164, 136, 206), "yellow": (248, 222, 140),
               "white": (232, 234, 236)}
 MOODS = ("neutral", "happy", "sad")
-ANGRY = 3            # a mood that training never draws: films.py keeps it for fine-tuning
+ANGRY = 3            # a mood that is never drawn for training from nothing: films.py shows it for fine-tuning
 STYLES = ("short", "bob", "long", "bun", "round")
 SKIN = (252, 220, 194), (236, 188, 150), (204, 148, 108), (150, 100, 70)                      # tone 0, 1/3, 2/3, 1
 LIPS, INSIDE = (206, 70, 92), (132, 2, 50)       # the mouth's two colours: no face, cloth or background comes near them
@@ -145,7 +145,7 @@ def held_out_identities(n, seed=0):
 
 
 def people(n, generator, held_out):
-    """The faces of both functions above, on the CPU: one wait for the generator's device."""
+    """The faces of both functions above, made on the CPU: the generator's device is synchronised once."""
     u = iter(torch.rand(n, 40, generator=generator, device=generator.device).cpu().unbind(1))
 
     def uniform(lo, hi, count=0):
@@ -193,38 +193,21 @@ OPENINGS = ("a person with {}", "a face with {}", "portrait with {}", "a person,
 PLAIN = ("a person talking", "a face", "a person speaking, video")        # captions that name nothing
 
 
-def caption(hair=None, background=None, mood=None):
-    """What to write to get a face with this hair, background and mood: names of HAIR, BACKGROUND, MOODS, or None to leave it as it is."""
-    check(hair, background, mood)
-    return say([hair and f"{hair} hair", background and f"{background} background", mood], OPENINGS[0])
-
-
 def say(parts, opening):
-    """Join what is named, in the order given."""
+    """A caption of what is named, in the order given.  parts  one to three of "red hair", "blue background", "happy" """
     parts = [part for part in parts if part]
-    if not parts:
-        return ""
     if parts[0] in MOODS and opening.endswith("with {}"):                 # "a person with happy" is no English
         opening = opening.replace(" with", ",")
     return opening.format(", ".join(parts))
 
 
-def check(hair, background, mood):
-    for what, name, known in (("hair", hair, HAIR), ("background", background, BACKGROUND), ("mood", mood, MOODS)):
-        if name is not None and name not in known:
-            raise ValueError(f"faces know {what} {', '.join(known)}, got {name!r}: name one of them or leave it out")
-
-
 def apply(reference, hair=None, background=None, mood=None):
     """reference (n, D) -> (n, D): the same people with what is named changed. Named colours are exact, without jitter."""
-    check(hair, background, mood)
     shown = reference.clone()
-    if hair is not None:
-        shown[:, COLUMN["hair_name"]] = list(HAIR).index(hair)
-        shown[:, columns("hair_r")] = colours(HAIR)[list(HAIR).index(hair)].to(shown)
-    if background is not None:
-        shown[:, COLUMN["background_name"]] = list(BACKGROUND).index(background)
-        shown[:, columns("background_r")] = colours(BACKGROUND)[list(BACKGROUND).index(background)].to(shown)
+    for what, name, table in (("hair", hair, HAIR), ("background", background, BACKGROUND)):
+        if name is not None:
+            shown[:, COLUMN[f"{what}_name"]] = list(table).index(name)
+            shown[:, columns(f"{what}_r")] = colours(table)[list(table).index(name)].to(shown)
     if mood is not None:
         shown[:, COLUMN["mood"]] = MOODS.index(mood)
     return shown
@@ -236,7 +219,7 @@ def captioned(reference, generator):
     reference  (n, D), moods neutral           generator  torch.Generator
     returns    shown (n, D) on the device of the reference; captions, n strings. What a caption names is never what the reference has;
                what it does not name stays. About 40% are "", a few more name nothing, the rest name one to three things in any order
-    Reading which colours the references have waits for the device: call it with a reference on the CPU where that matters.
+    Reading the references' colours synchronises with their device: pass them on the CPU where that matters.
     """
     faces = reference.cpu()
     names = faces[:, [COLUMN["hair_name"], COLUMN["background_name"]]].long().tolist()
@@ -296,13 +279,13 @@ def draw(identity, motion, mouth, window=None):
     window   None, or (top (n,), left (n,), h, w): only this part of each picture, as if cut out of it
     returns  (n, 3, P, h, w) float32 in [-1, 1]
     """
-    return in_pieces(paint, 3, identity, motion, mouth, window)
+    return in_chunks(paint, 3, identity, motion, mouth, window)
 
 
 @torch.no_grad()
 def importance(identity, motion, mouth, window=None):
     """Loss weights of `draw`'s pixels: (n, 1, P, h, w) float32; mean 1 over a picture, the mouth 7 times and the eyes 3 times the rest."""
-    return in_pieces(weigh, 1, identity, motion, mouth, window)
+    return in_chunks(weigh, 1, identity, motion, mouth, window)
 
 
 def reference(identity, generator):
@@ -316,8 +299,8 @@ def reference(identity, generator):
     return draw(neutral, motion, mouth)[:, :, 0]
 
 
-def in_pieces(painter, channels, identity, motion, mouth, window):
-    """Run a painter over all n * P frames, a few million pixels at a time."""
+def in_chunks(painter, channels, identity, motion, mouth, window):
+    """Run a painter over all n * P frames, in chunks of a few million pixels."""
     n, P = motion.shape[:2]
     if identity.shape != (n, len(FIELDS)) or motion.shape != (n, P, 4) or mouth.shape != (n, P, 2):
         raise ValueError(f"draw wants a face (n, {len(FIELDS)}), motion (n, P, 4) and a mouth (n, P, 2), "
@@ -327,10 +310,10 @@ def in_pieces(painter, channels, identity, motion, mouth, window):
     corner = torch.stack([top, left], dim=1).to(identity)
     rows = torch.cat([identity, corner], dim=1)[:, None].expand(-1, P, -1).flatten(0, 1)      # (n*P, D + 2)
     frames = torch.cat([motion, mouth], dim=2).flatten(0, 1)                                  # (n*P, 6)
-    piece = max(1, (1 << 24 if rows.is_cuda else 1 << 17) // (h * w))                         # 1 GB on a GPU, the cache on a CPU
+    chunk = max(1, (1 << 24 if rows.is_cuda else 1 << 17) // (h * w))                         # 1 GB on a GPU, the cache on a CPU
     out = rows.new_empty(n * P, channels, h, w)
-    for i in range(0, n * P, piece):
-        out[i:i + piece] = painter(rows[i:i + piece], frames[i:i + piece], h, w)
+    for i in range(0, n * P, chunk):
+        out[i:i + chunk] = painter(rows[i:i + chunk], frames[i:i + chunk], h, w)
     return out.unflatten(0, (n, P)).transpose(1, 2).contiguous()                              # (n, channels, P, h, w)
 
 
@@ -346,13 +329,13 @@ def box(x, y, half_w, half_h, radius):
     return torch.hypot(x.clamp(min=0), y.clamp(min=0)) + torch.maximum(x, y).clamp(max=0) - radius
 
 
-def between(y, half):
-    """How much of the pixel [y - 1/2, y + 1/2] lies in [-half, half]: 0..1, right for the thinnest gap too."""
+def coverage(y, half):
+    """Share of the pixel [y - 1/2, y + 1/2] that lies in [-half, half]; exact for gaps thinner than a pixel too."""
     return (torch.minimum(y + 0.5, half) - torch.maximum(y - 0.5, -half)).clamp(0, 1)
 
 
-def spread_out(rows, frames):
-    """rows (m, D + 2), frames (m, 6) -> dict of (m, 1, 1) numbers by name, moods and mouth turned into lengths."""
+def by_name(rows, frames):
+    """rows (m, D + 2), frames (m, 6) -> dict of (m, 1, 1) numbers; moods become flags and the mouth lengths."""
     names = FIELDS + ["top", "left"] + ["sway_x", "sway_y", "roll", "blink", "opening", "width"]
     f = dict(zip(names, torch.cat([rows, frames], dim=1)[:, :, None, None].unbind(1)))
     f["happy"], f["sad"], f["angry"] = ((f["mood"] == mood).float() for mood in (1, 2, ANGRY))
@@ -373,9 +356,9 @@ def coordinates(f, h, w):
 
 def paint(rows, frames, h, w):
     """rows (m, D + 2) faces and window corners, frames (m, 6) motion and mouth -> (m, 3, h, w) in [-1, 1], back to front."""
-    f = spread_out(rows, frames)
+    f = by_name(rows, frames)
     x, y, body_x, body_y = coordinates(f, h, w)
-    side = x.abs()                                                     # both halves of a face are one
+    side = x.abs()                                                     # a face is symmetric
     skin, hair, iris, clothes, background = (rows[:, columns(name + "_r")] for name in ("skin", "hair", "iris", "clothes", "background"))
     picture = background[:, :, None, None].expand(-1, -1, h, w).clone()
 
@@ -428,12 +411,12 @@ def lips(f, x, y, lay):
     bend = 4.0 * f["happy"] - 4.0 * f["sad"] - 3.0 * f["angry"] + 0.6
     y = (y - f["mouth_y"] - 0.25 * f["gap"] + bend * ((x / outer_w).square() - 0.35)) * f["scale"]
     for colour, half_w, half_h in ((LIPS, outer_w, f["gap"] + LIP), (INSIDE, f["mouth_w"], f["gap"])):
-        lay(colour, between(y, half_h * f["scale"] * (1 - (x / half_w).square()).clamp(min=0).sqrt()))
+        lay(colour, coverage(y, half_h * f["scale"] * (1 - (x / half_w).square()).clamp(min=0).sqrt()))
 
 
 def weigh(rows, frames, h, w):
     """As paint, but (m, 1, h, w) loss weights of mean 1 over a whole picture."""
-    f = spread_out(rows, frames)
+    f = by_name(rows, frames)
     x, y = coordinates(f, h, w)[:2]
     mouth, eye = (WIDE + LIP + 1, OPEN + LIP + 3), (9.0, 8.0)                                 # half axes
     weights = 1 + 6 * (0.5 - ellipse(x, y - f["mouth_y"] - 1, *mouth)).clamp(0, 1)
@@ -444,10 +427,9 @@ def weigh(rows, frames, h, w):
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-def to_image(pictures):
-    """pictures (rows, columns, 3, h, w) in [-1, 1] -> PIL image of the whole sheet."""
-    sheet = pictures.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)                       # (rows*h, columns*w, 3)
-    return Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy())
+def to_picture(frame):
+    """(3, h, w) in [-1, 1] -> PIL image"""
+    return Image.fromarray(((frame.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def main(argv=None):
@@ -466,9 +448,10 @@ def main(argv=None):
             raise ValueError(f"--seed wants a number from 0 to 2^63 - 1, got {args.seed}")
         generator = torch.Generator().manual_seed(args.seed)
         faces = held_out_identities(rows * cols, args.seed) if args.held_out else identities(rows * cols, generator)
-        to_image(reference(faces, generator).unflatten(0, (rows, cols))).save(args.out)
+        sheet = reference(faces, generator).unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4)         # (3, rows, h, columns, w)
+        to_picture(sheet.flatten(3, 4).flatten(1, 2)).save(args.out)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,9 +1,9 @@
-"""Videos of a mood that training never saw, to try `train.py tune` on: angry people.
+"""Videos of angry people, a mood that the tiny model was not trained on, to try `train.py tune` with.
 
     python -m tiny.films data/angry --speech data/speech/train
 
-writes NAME.mp4 with sound, NAME.txt with its caption and NAME.png with the picture it starts from, on which everybody is calm. In two of
-three the caption is "angry". In the others there is none and people stay as they are, or everyone would become angry.
+writes NAME.mp4 with sound, NAME.txt with its caption and NAME.png with its reference picture, on which everybody is calm. Two of three are
+angry, and their caption says so. The others stay calm and have no caption, so that the model learns the word and not that all are angry.
 """
 import argparse
 import sys
@@ -12,13 +12,13 @@ from pathlib import Path
 import soundfile
 import torch
 
-from tiny import faces
 from audio import RATE, load_audio
-from tiny.metrics import to_picture
 from media.video import VideoWriter
+from tiny import faces
+
 
 def angry(people):
-    """The same people with low, slanting brows and the corners of the mouth down, a mood that faces.captioned knows no word for."""
+    """The same people with low, slanting brows and the corners of the mouth down."""
     shown = people.clone()
     shown[:, faces.COLUMN["mood"]] = faces.ANGRY
     return shown
@@ -34,15 +34,15 @@ def make_films(out, speech, videos, seconds, seed):
     people, frames = faces.identities(videos, g), round(seconds * faces.FPS)
     pictures, motion = faces.reference(people, g), faces.motions(videos, frames, g)
     for i, person in enumerate(people[:, None].unbind(0)):
-        sound, furious = sounds[torch.randint(len(sounds), (), generator=g).item()], i % 3 < 2
+        sound, is_angry = sounds[torch.randint(len(sounds), (), generator=g).item()], i % 3 < 2
         wav = load_audio(sound, duration=seconds)
         mouth = faces.articulation(wav, torch.arange(frames) / faces.FPS)[None]
         stem = out / f"{i:02d}"
-        to_picture(pictures[i]).save(stem.with_suffix(".png"))
-        stem.with_suffix(".txt").write_text("angry" * furious)
+        faces.to_picture(pictures[i]).save(stem.with_suffix(".png"))
+        stem.with_suffix(".txt").write_text("angry" * is_angry)
         soundfile.write(stem.with_suffix(".wav"), wav.numpy(), RATE)
         with VideoWriter(stem.with_suffix(".mp4"), (faces.SIZE, faces.SIZE), faces.FPS, audio=stem.with_suffix(".wav")) as film:
-            film.write(faces.draw(angry(person) if furious else person, motion[i:i + 1], mouth)[0])
+            film.write(faces.draw(angry(person) if is_angry else person, motion[i:i + 1], mouth)[0])
         stem.with_suffix(".wav").unlink()
 
 

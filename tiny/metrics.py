@@ -1,4 +1,4 @@
-"""Meters for videos: does the mouth follow the sound, does the picture drift, who is it. From pixels and sound alone.
+"""Measure videos from pixels and sound alone: does the mouth follow the sound, does the picture drift, who is it.
 
     python -m tiny.metrics out.mp4 [--audio a.wav] [--image ref.png]          or frames/, the PNG frames of sample.py --out frames/
 
@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from audio import RATE, load_audio
-from tiny.faces import FPS, INSIDE, LIP, LIPS, NARROW, OPEN, SIZE, WIDE, articulation, held_out_identities, reference
+from tiny.faces import FPS, INSIDE, LIP, LIPS, NARROW, OPEN, SIZE, WIDE, articulation, held_out_identities, reference, to_picture
 from media.pictures import fit_picture, load_image
 from media.video import probe, read_frames
 
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])            # BT.709: sharp in an mp4, its colours have half the resolution
-WHERE = slice(62, 104), slice(34, 94)                    # rows and columns of a 128-pixel picture in which the mouth is looked for
+SEARCHED = slice(62, 104), slice(34, 94)                 # rows and columns of a 128-pixel picture in which the mouth lies
 REDDER, BLUER = (0.30, 0.44), (-0.06, 0.02)              # lips and mouth have red - green and blue - green above, all else below
-STRAY = 3.0                                              # pixels of inside that could be noise: they open no mouth
+STRAY = 3.0                                              # pixels of inside that may be noise: added to the area, so that they open no mouth
 MOUTH_AREA = 30.0                                        # pixels of lips and inside: less is no drawn mouth; a closed one has 130
-GATHERED = 7, 11                                         # standard deviation of its rows and columns: drawn 5, 9 at most; noise 12, 17
-SHORTEST = 16                                            # frames: in fewer, curves are alike by chance
+COMPACT = 7, 11                                          # largest standard deviation of its rows and columns: drawn 5, 9; noise 12, 17
+SHORTEST = 16                                            # frames: shorter curves correlate by chance
 SEEN_OPEN = 0.15                                         # the width of a mouth is compared where it is open more than this
 LAGS = range(-5, 6)                                      # frames
 CLIP = 80                                                # frames that S2V makes at once unless told otherwise
@@ -37,7 +37,7 @@ CLIP = 80                                                # frames that S2V makes
 
 def mouth_masks(frames):
     """frames (3, P, 128, 128) -> two (P, rows, columns), 0 to 1: lips and inside; inside alone."""
-    rgb = (frames[:, :, WHERE[0], WHERE[1]].permute(1, 2, 3, 0).float() + 1) / 2                  # (P, rows, columns, 3)
+    rgb = (frames[:, :, SEARCHED[0], SEARCHED[1]].permute(1, 2, 3, 0).float() + 1) / 2                  # (P, rows, columns, 3)
     red, green, blue = rgb.unbind(-1)
     mouth = ((red - green - REDDER[0]) / (REDDER[1] - REDDER[0])).clamp(0, 1)
     mouth = mouth * ((blue - green - BLUER[0]) / (BLUER[1] - BLUER[0])).clamp(0, 1)
@@ -84,7 +84,7 @@ def has_mouth(frames):
     """Whether at least half of the frames show a mouth: the colours of a drawn one, enough of them, in one place."""
     mouth, _ = mouth_masks(at_size(frames))
     rows, columns = deviation(mouth.sum(2)), deviation(mouth.sum(1))
-    seen = (mouth.sum((1, 2)) > MOUTH_AREA) & (rows < GATHERED[0]) & (columns < GATHERED[1])
+    seen = (mouth.sum((1, 2)) > MOUTH_AREA) & (rows < COMPACT[0]) & (columns < COMPACT[1])
     return seen.float().mean().item() >= 0.5
 
 
@@ -112,20 +112,20 @@ def sync(measured, target):
 
 
 def width_correlation(measured, target):
-    """Correlation of the widths, both (P, 2), over the frames in which the target is open: a closed mouth has none to speak of."""
+    """Correlation of the widths, both (P, 2), over the frames in which the target is open."""
     seen = target[:, 0] > SEEN_OPEN
     return correlation(measured[seen, 1], target[seen, 1]) if seen.sum() > 2 else 0.0
 
 
 def target_of(path, frames, fps, audio=None, start=0.0):
     """What the mouth should do in a written video -> (frames, 2), and the sound: its own, or that of another file from `start` seconds on."""
-    wav = load_audio(audio or path, start)[:round(frames / fps * RATE)]       # as in an mp4: how loud a moment is depends on all that is heard
+    wav = load_audio(audio or path, start)[:round(frames / fps * RATE)]       # cut as in the mp4, for levels are relative to the whole sound
     return articulation(wav, torch.arange(frames) / fps), wav
 
 
 # ---- the picture ----------------------------------------------------------------------------------------------------------------------
 
-def looks(frames):
+def picture_statistics(frames):
     """frames (3, P, h, w) -> mean colour (3,), contrast (standard deviation of luma), sharpness (mean |Laplacian| of luma); 0 to 1 scale"""
     rgb = (frames.float() + 1) / 2
     luma = torch.einsum("cphw,c->phw", rgb, LUMA.to(rgb))
@@ -144,11 +144,11 @@ def drift(frames, picture, clip_frames=80, first=77, measured=None, target=None)
     """
     if min(clip_frames, first) < 1:
         raise ValueError(f"wanted clips of 4 frames or more (the first is 3 shorter), got {clip_frames}: change --clip-frames")
-    colour, contrast, sharpness = looks(picture[:, None])
+    colour, contrast, sharpness = picture_statistics(picture[:, None])
     starts = [0, *range(first, frames.shape[1], clip_frames)]
     clips = []
     for start, end in zip(starts, [*starts[1:], frames.shape[1]]):
-        c, k, s = looks(frames[:, start:end])
+        c, k, s = picture_statistics(frames[:, start:end])
         known = target is not None and measured is not None and end - start >= SHORTEST and target[start:end, 0].max() > SEEN_OPEN
         clips.append({"opening": correlation(measured[start:end, 0], target[start:end, 0]) if known else None,
                       "colour": (c - colour).abs().max().item(), "contrast": k / (contrast + 1e-6), "sharpness": s / (sharpness + 1e-6)})
@@ -179,11 +179,6 @@ def read_video(path, fps=FPS):
     if len({frame.shape for frame in frames}) != 1 or not fps > 0:
         raise ValueError(f"wanted a video, got {path} without frames of one size or a frame rate: give the mp4 or folder that sample.py wrote")
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1, fps                # from (P, h, w, 3) uint8
-
-
-def to_picture(frame):
-    """(3, h, w) in [-1, 1] -> PIL image"""
-    return Image.fromarray(((frame.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def plot(frames, fps, wav, measured, target, seconds=None, width=1200):

@@ -1,4 +1,4 @@
-"""Training sound for the tiny checkpoint: synthetic speech in many voices and languages, and what is done to it while training.
+"""Training sound for the tiny model: synthetic speech in many voices and languages, and its augmentation.
 
     python -m tiny.speech data/speech [--hours 1.5] [--seed 0]
 
@@ -6,7 +6,7 @@ needs the program espeak-ng and writes data/speech/train/*.ogg and data/speech/h
 named LANGUAGE_VOICE_NUMBER.ogg. The sentences are put together from the word lists below. Never in train: the voices HELD_OUT_VOICES, the
 language HELD_OUT_LANGUAGE, and every sentence whose words have a checksum that is a multiple of 8, whatever the seed; held_out has nothing else.
 
-Nothing here is labelled: the mouth follows whatever sound comes out of `augment` in the end.
+There are no labels: the mouth is computed from the augmented sound (faces.articulation).
 
 Axes    n sounds in a batch
 """
@@ -239,7 +239,7 @@ def make_held_out(folder, rng, languages):
     return total
 
 
-# ---- training: pieces and their variations --------------------------------------------------------------------------------------------
+# ---- training: crops and augmentation -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Speech:
@@ -284,8 +284,7 @@ def rand(generator, device, *shape, low=0.0, high=1.0):
 def resample(wav, rate, start):
     """Read each row faster (rate > 1, higher and shorter) or slower, round and round from `start`. wav (n, samples), rate, start (n,)"""
     samples = wav.shape[1]
-    # float64: float32 counts samples too coarsely
-    at = (start.double()[:, None] + rate.double()[:, None] * torch.arange(samples, device=wav.device)) % samples
+    at = (start.double()[:, None] + rate.double()[:, None] * torch.arange(samples, device=wav.device)) % samples    # float64: to a fraction of a sample
     first = at.floor().long().clamp_max(samples - 1)
     x = (at - first).float()
     p0, p1, p2, p3 = (wav.gather(1, (first + k) % samples) for k in (-1, 0, 1, 2))
@@ -302,21 +301,21 @@ def shape_spectrum(wav, gains):
     return torch.fft.irfft(torch.fft.rfft(wav) * 10 ** (decibel / 20), n=samples)
 
 
-def level(wav):
+def rms(wav):
     """Root mean square of each row (n, 1), never 0."""
     return wav.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-5)
 
 
 def noise(n, samples, generator, device):
-    """(n, samples) white to brown noise, or between, at level 1."""
+    """(n, samples) white to brown noise, or between, of rms 1."""
     white = torch.randn(n, samples, generator=generator, device=device)
     slope = rand(generator, device, n, 1, high=-42.0)                    # dB from 60 Hz to 8 kHz: 0 white, -21 pink, -42 brown
     coloured = shape_spectrum(white, slope * torch.linspace(0, 1, 2, device=device))
-    return coloured / level(coloured)
+    return coloured / rms(coloured)
 
 
 def tones(n, samples, generator, device):
-    """(n, samples) chords of three voices with four overtones, 1 to 5 a second, each fading; every fifth a rest. Level about 1."""
+    """(n, samples) chords of three voices with four overtones, 1 to 5 a second, each fading; every fifth a rest. rms 1."""
     t = torch.arange(samples, device=device) / RATE
     beat = t * rand(generator, device, n, 1, low=1.0, high=5.0)          # (n, samples)
     index, phase = beat.long(), beat % 1.0
@@ -332,11 +331,11 @@ def tones(n, samples, generator, device):
             sound += bright ** (k - 1) * torch.sin(2 * torch.pi * (k * turns % 1.0)).float()
     fade = torch.exp(-phase * rand(generator, device, n, 1, high=5.0))
     sound = sound * play * fade * (phase / 0.03).clamp(0, 1) * ((1 - phase) / 0.03).clamp(0, 1)
-    return sound / level(sound)
+    return sound / rms(sound)
 
 
 def gaps(n, samples, generator, device, most=3):
-    """(n, samples) 1, and 0 in up to `most` places of 0.1 to 1.2 s; edges of 10 ms."""
+    """(n, samples) of 1, with up to `most` gaps of 0, 0.1 to 1.2 s long; edges of 10 ms."""
     t = torch.arange(samples, device=device) / RATE
     keep = torch.ones(n, samples, device=device)
     for _ in range(most):
@@ -347,7 +346,7 @@ def gaps(n, samples, generator, device, most=3):
 
 
 def augment(wav, generator=None):
-    """Vary a batch of speech: what is trained on is heard once only.
+    """Vary a batch of speech at random, so that no sound is trained on twice.
 
     wav      (n, samples) float32 at 16 kHz        generator  torch.Generator on its device
     returns  the same shape, in [-1, 1]: speed and pitch x 0.85 to 1.2 (read round and round), each octave louder or softer by some dB,
@@ -362,8 +361,8 @@ def augment(wav, generator=None):
     wav = torch.where(rand(generator, device, n, 1) < 0.5, wav * gaps(n, samples, generator, device), wav)
     decibel = torch.where(rand(generator, device, n, 1) < 0.5, rand(generator, device, n, 1, low=10.0, high=40.0), torch.inf)
     hiss = noise(n, samples, generator, device)
-    wav = torch.where(decibel < 100, wav + hiss * level(wav) * 10 ** (-decibel / 20), wav)
-    kind = rand(generator, device, n, 1)                                 # one draw: a row is of one kind
+    wav = torch.where(decibel < 100, wav + hiss * rms(wav) * 10 ** (-decibel / 20), wav)
+    kind = rand(generator, device, n, 1)
     wav = torch.where(kind < 0.02, 0.0, torch.where(kind < 0.04, hiss, wav))
     if (rows := ((kind >= 0.04) & (kind < 0.06)).flatten().nonzero().flatten()).numel():
         wav[rows] = tones(len(rows), samples, generator, device)
