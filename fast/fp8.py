@@ -28,7 +28,7 @@ from fast import kernels
 E4M3 = torch.float8_e4m3fn
 MAX = 448.0               # the largest e4m3 number
 TINY = 2.0 ** -126        # the smallest normal float32: a row of zeros gets this scale and stays zero
-FAST_ACCUM = True         # Hopper then keeps its sums in short registers; test_fp8_offload.py prints the gain and the price on this GPU
+FAST_ACCUM = True         # Hopper then keeps its sums in short registers; tests/gpu prints the gain and the price on this GPU
 ALIGN = 16                # torch._scaled_mm takes inner and outer dimensions in multiples of this
 QUANTISED = re.compile(r"blocks\.\d+\.(?:self_attn\.[qkvo]|cross_attn\.[qkvo]|inject\.(?:[qkvo]|adain)|ffn\.[02])\.weight")
 

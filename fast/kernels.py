@@ -1,7 +1,7 @@
 """Two Triton kernels, each one trip through memory where torch.compile or cuDNN need several.
 
     quantize_rows    `fp8.quantize` on a GPU: 0.13 ms where compiled PyTorch takes 0.31 (35,074 x 5120 bf16, H200)
-    attend_last      the last few keys of self-attention, see model.py: 0.28 ms where a second attention and joining take 1.0
+    attend_last      the last few keys of self-attention, see blocks.py: 0.28 ms where a second attention and joining take 1.0
 
 Both give the same numbers but for rounding, and where Triton is missing (`triton` is then None) or does not work, everything runs without them.
 """

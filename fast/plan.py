@@ -126,7 +126,7 @@ class Plan:
     clips: int
     frames: int                  # of the whole video
     latent_shape: tuple[int, int, int]   # T, H, W of one clip
-    tokens: tuple[int, ...]      # of the first clip, and where there are several of a later one
+    tokens: tuple[int, ...]      # of the first clip, and of a later one where that has more
     sound: torch.Tensor | None   # (samples,) 16 kHz mono
     denoiser: object             # its Config
     sizes: dict[str, float]      # component -> GiB on disk
@@ -150,7 +150,7 @@ class Plan:
             made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
             if abs(heard - shown) >= 1 / FPS:
                 cut = f"; {'sound' if heard > shown else 'picture'} cut to {min(heard, shown):.2f} s, the shorter of the two"
-        tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if self.sound is not None else "")
+        tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
         return "\n".join((
             *sound,
             f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
@@ -195,8 +195,9 @@ def make_plan(config, checkpoint, free):
     if kind == "s2v":
         shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
         clips, frames = count_clips(config, checkpoint.configs["audio"].columns(len(sound)))
-        fields |= dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=token_counts(shape))
-        longest = fields["tokens"][clips > 1 or config.start_from_ref]
+        first, longest = token_counts(shape)
+        tokens = (first, longest) if clips > 1 and not config.start_from_ref else (longest if config.start_from_ref else first,)
+        fields, longest = fields | dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=tokens), tokens[-1]
     else:
         shape = 1 + (config.frames - 1) // vae.stride[0], H, W
         longest = shape[0] * (H // PATCH[1]) * (W // PATCH[2])

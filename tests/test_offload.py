@@ -4,7 +4,6 @@ resident networks bit for bit, bytes.  pytest -s tests/test_offload.py
 import random
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +15,7 @@ from fast import blocks as fast_blocks
 from fast import offload
 from fast.blocks import FastDenoiser
 from fast.fp8 import quantized, relative_error
-from fast.offload import HostLayers, Streamed, all_blocks, footprint, resident_blocks, split, stream
+from fast.offload import Streamed, all_blocks, footprint, resident_blocks, split, stream
 from formats.checkpoints import open_safetensors
 from tests.inputs import TINY, as_entries, as_stored, clip, empty, random_net
 from text import TextConfig, TextEncoder
@@ -183,17 +182,6 @@ def test_footprint():
             next(block.parameters()).untyped_storage().nbytes() for block in net.blocks.resident.values())
         assert footprint(layouts, resident) == (held, sum(piece.nbytes for piece in net.blocks.host.pieces))
     assert sum(entry.nbytes for entry in rest.values()) == sum(p.nbytes for p in net.parameters())
-
-
-def test_host_layers():
-    net = random_net(TINY)
-    latents, t, conds = clip(net, TINY)
-    for cond in conds:
-        layers = HostLayers(cond.layers)
-        for i, layer in enumerate(cond.layers):
-            assert type(layers[i]) is type(layer)
-            assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(layers[i], layer))
-        assert torch.equal(net(latents, t, replace(cond, layers=layers)), net(latents, t, cond))
 
 
 def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):

@@ -3,7 +3,6 @@
     pytest tests/test_sample.py
 """
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -100,11 +99,10 @@ def test_settings_for_short_memory_change_no_number(tiny, monkeypatch):
     pipeline = WanS2VPipeline.from_pretrained(str(tiny["tiny"]), device_map="cpu")
     whole = torch.cat(list(pipeline.generate(pipeline.plan(**options))), dim=1)
     plan = pipeline.plan(**options, attention8=True)
-    for settings in (dict(), dict(chunk=37, host_layers=True, tiles=2)):
-        small = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, **settings))
-        gap = (torch.cat(list(pipeline.generate(small)), dim=1) - whole).abs().max()
-        print(f"{settings}: max |difference| {gap:.1e} of a range of 2, tolerance 1e-4")
-        assert gap < 1e-4                                       # two clips: the second starts from the first's frames
+    plan = dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, chunk=37, host_layers=True, tiles=2))
+    gap = (torch.cat(list(pipeline.generate(plan)), dim=1) - whole).abs().max()
+    print(f"chunks of 37 tokens and 2 tiles: max |difference| {gap:.1e} of a range of 2, tolerance 1e-4")
+    assert gap < 1e-4                                                # two clips: the second starts from the first's frames
 
 
 def checkpoint(task, configs, folder, **sampling):
@@ -169,63 +167,32 @@ def refused(tmp_path, capsys, arguments, *words):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-GOOD = {"--audio": VOICE, "--image": FACE}
+S2V, T2V, I2V, TI2V = {"--audio": VOICE, "--image": FACE}, *({"--ckpt": f"tiny-{task}", "--prompt": "a"} for task in ("t2v", "i2v", "ti2v"))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"--audio": None}, ("audio",)), ({"--image": None}, ("image",)),
-    ({"--audio": "no.wav"}, ("no.wav",)), ({"--image": "no.png"}, ("no.png",)),
-    ({"--audio": __file__}, ("test_sample.py",)), ({"--image": __file__}, ("picture",)), ({"--image": VOICE}, ("picture",)),
-    ({"--audio": FACE}, ("sound",)),
-    ({"--clip-frames": "81"}, ("multiple of 4", "81")), ({"--clip-frames": "124"}, ("120", "124")),
-    ({"--clip-frames": "0"}, ("multiple of 4",)),
-    ({"--steps": "0"}, ("steps", "0")), ({"--guidance": "-1"}, ("guidance", "-1")), ({"--guidance": "nan"}, ("guidance", "nan")),
-    ({"--shift": "0"}, ("shift",)), ({"--solver": "rk4"}, ("solver", "unipc", "rk4")), ({"--clips": "0"}, ("clips",)),
-    ({"--duration": "0.01"}, ("ms",)), ({"--start": "99"}, ("start",)), ({"--duration": "-1"}, ("duration",)),
-    ({"--seed": "-1"}, ("seed",)),
-    ({"--out": "nowhere/out.mp4"}, ("nowhere",)), ({"--out": "out.gif"}, (".mp4",)), ({"--out": "/proc/out.mp4"}, ("/proc",)),
-    ({"--ckpt": "no-such-folder"}, ("no-such-folder",)), ({"--pose-video": "no.mp4"}, ("no.mp4",)), ({"--pose-video": VOICE}, ("picture",)),
-    ({"--size": "8x8"}, ("size",)),
+@pytest.mark.parametrize("arguments, words", [*((S2V | changes, words) for changes, words in (
+    ({"--audio": None}, ("audio",)), ({"--image": None}, ("image",)), ({"--audio": "no.wav"}, ("no.wav",)), ({"--image": "no.png"}, ("no.png",)),
+    ({"--audio": __file__}, ("test_sample.py",)), ({"--image": VOICE}, ("picture",)), ({"--audio": FACE}, ("sound",)),
+    ({"--clip-frames": "81"}, ("multiple of 4", "81")), ({"--clip-frames": "124"}, ("120", "124")), ({"--clips": "0"}, ("clips",)),
+    ({"--steps": "0"}, ("steps", "0")), ({"--guidance": "nan"}, ("guidance", "nan")), ({"--shift": "0"}, ("shift",)),
+    ({"--solver": "rk4"}, ("solver", "unipc", "rk4")), ({"--seed": "-1"}, ("seed",)), ({"--start": "99"}, ("start",)),
+    ({"--duration": "0.01"}, ("ms",)), ({"--duration": "-1"}, ("duration",)), ({"--pose-video": "no.mp4"}, ("no.mp4",)),
+    ({"--pose-video": VOICE}, ("picture",)), ({"--out": "nowhere/out.mp4"}, ("nowhere",)), ({"--out": "out.gif"}, (".mp4",)),
+    ({"--ckpt": "no-such-folder"}, ("no-such-folder",)), ({"--size": "8x8"}, ("size",)), ({"--size": "axb"}, ("--size", "axb")),
+    ({"--size": "0x100"}, ("--size", "0x100")), ({"--device": "gpu"}, ("device must be cpu, cuda",)),
+    ({"--vram": "0"}, ("--vram wants the size of a card",)))),
+    (T2V | {"--prompt": ""}, ("t2v-A14B", "prompt")), (T2V | {"--image": FACE}, ("t2v-A14B", "picture")), (I2V, ("i2v-A14B", "picture")),
+    (TI2V | {"--audio": VOICE}, ("ti2v-5B", "audio")), (T2V | {"--frames": "10"}, ("10", "9")), (T2V | {"--size": "50x64"}, ("50x64", "16")),
 ], ids=str)
-def test_bad_arguments(tmp_path, capsys, monkeypatch, changes, words):
+def test_bad_arguments(tmp_path, capsys, monkeypatch, tiny, arguments, words):
+    """One line on stderr that holds all words, exit status 2, nothing left behind, and no model was loaded."""
     monkeypatch.setattr(wan_s2v, "encode_text", lambda *_: pytest.fail("a model was loaded before the input was checked"))
-    arguments = GOOD | {"--out": str(tmp_path / "out.mp4")} | changes
-    refused(tmp_path, capsys, [part for name, value in arguments.items() if value is not None for part in (name, value)], *words)
-
-
-@pytest.mark.parametrize("text", ["0x100", "axb", "100", "-5x5"])
-def test_bad_size(tmp_path, capsys, text):
-    refused(tmp_path, capsys, ["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), f"--size={text}"], "--size", text)
-
-
-def test_bad_combinations(tmp_path, capsys, tiny):
-    out = ["--out", str(tmp_path / "out.mp4")]
-    refused(tmp_path, capsys, [*out, "--ckpt", str(tiny["tiny-t2v"])], "t2v-A14B", "prompt")
-    refused(tmp_path, capsys, [*out, "--ckpt", str(tiny["tiny-t2v"]), "--prompt", "a", "--image", FACE], "t2v-A14B", "picture")
-    refused(tmp_path, capsys, [*out, "--ckpt", str(tiny["tiny-i2v"]), "--prompt", "a"], "i2v-A14B", "picture")
-    refused(tmp_path, capsys, [*out, "--ckpt", str(tiny["tiny-ti2v"]), "--prompt", "a", "--audio", VOICE], "ti2v-5B", "audio")
-    refused(tmp_path, capsys, [*out, "--ckpt", str(tiny["tiny-t2v"]), "--prompt", "a", "--frames", "10"], "10", "9")
-    refused(tmp_path, capsys, [*out, "--ckpt", str(tiny["tiny-t2v"]), "--prompt", "a", "--size", "50x64"], "50x64", "16")
-
-
-def test_damaged_checkpoint(tmp_path, capsys, tiny):
-    folder = tmp_path / "ckpt"
-    folder.mkdir()
-    for path in tiny["tiny"].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    run = ["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), "--ckpt", str(folder)]
-    whole = (folder / "vae.safetensors").read_bytes()
-    (folder / "vae.safetensors").write_bytes(whole[:len(whole) // 2])
-    refused(tmp_path, capsys, run, "vae.safetensors")
-    (folder / "vae.safetensors").unlink()
-    refused(tmp_path, capsys, run, "vae.safetensors")
-    (folder / "vae.safetensors").write_bytes((folder / "text.safetensors").read_bytes())
-    refused(tmp_path, capsys, run, "vae.safetensors")
-    (folder / "vae.safetensors").write_bytes(whole)
-    config = json.loads((folder / "config.json").read_text())
-    config["denoiser"]["dimm"] = 4
-    (folder / "config.json").write_text(json.dumps(config))
-    refused(tmp_path, capsys, run, "config.json", "dimm")
+    arguments = {"--out": str(tmp_path / "out.mp4")} | arguments
+    arguments |= {"--ckpt": str(tiny.get(arguments.get("--ckpt", "tiny"), arguments.get("--ckpt")))}
+    assert sample.cli([part for name, value in arguments.items() if value is not None for part in (name, value)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 500 and all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.iterdir())
 
 
 def fail_after_one_clip(monkeypatch, failure):
@@ -240,7 +207,7 @@ def fail_after_one_clip(monkeypatch, failure):
 @pytest.mark.parametrize("failure, said", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."), "error: the device is out of memory for 2.50 GiB more: choose a"),
     (KeyboardInterrupt(), "stopped"), (ValueError("a frame holds NaN"), "error: a frame holds NaN"),
-    (torch.AcceleratorError("CUDA error: unknown\nand more", 999), "error: PyTorch fails on auto: CUDA error: unknown; try --no-compile, or a sma"),
+    (torch.AcceleratorError("CUDA error: unknown\nand more"), "error: PyTorch fails on auto: CUDA error: unknown; try --no-compile, or a sma"),
 ], ids=["memory", "ctrl-c", "frames", "cuda"])
 def test_finished_clips_are_kept(tmp_path, monkeypatch, capsys, failure, said):
     fail_after_one_clip(monkeypatch, failure)
@@ -258,12 +225,6 @@ def test_mistakes_of_the_code_show_themselves(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="shape"):
         sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), "--clips", "2", *QUICK])
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
-
-
-@pytest.mark.parametrize("option, message", [(["--device", "gpu"], "device must be cpu, cuda"), (["--vram", "0"], "--vram wants the size of a card")])
-def test_machine_options_are_checked(tmp_path, capsys, option, message):
-    assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), *QUICK, *option]) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_no_fp8_multiplies_out(tmp_path, capsys):

@@ -36,7 +36,7 @@ hopper = pytest.mark.skipif(not (THERE and kernels.triton and torch.cuda.get_dev
 D = 128
 BIG = Config(dim=1024, ffn_dim=2816, n_head=8, n_layer=9, text_dim=256, text_len=32, freq_dim=64, audio_dim=64, audio_states=3,
              audio_layers=(0, 2, 5))
-SHAPE = dict(T=4, H=32, W=32, device="cuda")
+SHAPE = dict(T=4, H=32, W=48, device="cuda")                         # 1536 video tokens: a number of tokens that is no width
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 
