@@ -47,7 +47,7 @@ from model import Config, Denoiser, attention_backend, compile_blocks
 from tiny.optimise import Stage, generator, load_state, start, train, world
 from media.pictures import fit_frame, fit_picture, load_image, s2v_size
 from text import TextConfig, TextEncoder, Tokenizer, encode_prompt
-from vae import VAE, CausalConv, Downsample, ResBlock, Upsample, VAEConfig, new_past
+from vae import VAE, CausalConv, Downsample, ResBlock, Upsample, VAEConfig, new_cache
 from media.video import probe, read_frames
 from wan_s2v import FPS, WARM_UP, run_dtype
 
@@ -222,7 +222,7 @@ def initialise_vae(vae):
 
 def run_in_time(net, x):
     """A causal network over a whole video: the first frame, then the rest, as its streams do.  x (B, C, n, h, w)"""
-    past = new_past(net)
+    past = new_cache(net)
     parts = [net(x[:, :, :1], past)]
     return torch.cat(parts + ([net(x[:, :, 1:], past)] if x.shape[2] > 1 else []), dim=2)
 

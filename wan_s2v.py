@@ -321,7 +321,7 @@ def decode_frames(vae, pieces, n):
             done += len(wanted)
         synchronize(pieces[0].device)
         return kept.transpose(0, 1)[None]
-    return vae.exactly(run)
+    return vae.with_fp32_fallback(run)
 
 
 def make_clips(inputs, vae, experts, options, clips, stage, progress):

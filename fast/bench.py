@@ -32,7 +32,7 @@ from fast.plan import GIB, Machine, device_limit, fit, forward_flops, memory_use
 from model import compile_blocks, use_attention8
 from fast.offload import HostLayers
 from sample import DTYPES, size
-from vae import new_past
+from vae import new_cache
 from wan_s2v import decode_frames, token_counts
 
 
@@ -186,7 +186,7 @@ def bench_vae_error(configs, device, shape):
                                  ("bfloat16", torch.bfloat16, True)):
         torch.backends.cudnn.allow_tf32 = allowed
         vae = random_network("vae", configs, device, dtype)
-        pixels, past = [], new_past(vae.decoder)
+        pixels, past = [], new_cache(vae.decoder)
         for i in range(z.shape[2]):
             pixels.append(vae.decoder(z[:, :, i:i + 1].to(dtype), past).float().cpu())
         both = torch.cat(pixels, dim=2), vae.encode(video).cpu()

@@ -24,7 +24,7 @@ from fast import fp8
 from fast import offload
 from fast.attention8 import attention8
 from model import Denoiser, attention_backend, self_attention
-from vae import peak_bytes
+from fast.vae_memory import peak_bytes
 
 GIB = 2 ** 30
 USABLE = 0.9                 # of a card's memory: the rest goes to the CUDA context and a desktop
