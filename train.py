@@ -42,13 +42,15 @@ from tiny import random_weights as fake_checkpoint
 from fast import fp8
 from formats import lora
 from tiny import speech
-from audio import RATE, AudioConfig, AudioEncoder, align_to_fps, audio_features, load_audio, resample_50_to_30
+from audio import AudioConfig, Wav2Vec2, align_to_fps, audio_features, resample_50_to_30
+from media.sound import RATE, load_audio
 from model import Config, Denoiser, attention_backend, compile_blocks
 from tiny.optimise import Stage, generator, load_state, start, train, world
 from media.pictures import fit_frame, fit_picture, load_image, s2v_size
 from text import TextConfig, TextEncoder, Tokenizer, encode_prompt
 from vae import VAE, CausalConv, Downsample, ResBlock, Upsample, VAEConfig, new_cache
-from media.video import probe, read_frames
+from media.ffmpeg import probe
+from media.video import read_frames
 from wan_s2v import FPS, WARM_UP, run_dtype
 
 CLIP = 80                    # pixel frames of a clip, 20 latent frames
@@ -153,7 +155,7 @@ def standardise(wav):
 
 def audio_stage(o, device):
     """Every hidden state is asked, through a linear layer that is thrown away, what the mouth does and what the sound is like."""
-    encoder = initialise_audio(AudioEncoder(AUDIO)).to(device)
+    encoder = initialise_audio(Wav2Vec2(AUDIO)).to(device)
     heads = nn.ModuleList(nn.Linear(AUDIO.dim, 22) for _ in range(AUDIO.n_layer + 1)).to(device)
     sound = speech.load_folder(o.speech, device)
 
@@ -161,7 +163,7 @@ def audio_stage(o, device):
         g = generator(device, o.seed, step, world()[0])
         wav = speech.augment(speech.crops(sound, o.batch, 5.0, g), g)
         wave = standardise(wav)
-        return None, wave, heard(wav, AUDIO.columns(wave.shape[1]))
+        return None, wave, heard(wav, AUDIO.frames(wave.shape[1]))
 
     def loss(_, wave, target):
         states = encoder(wave)                                       # (states, B, T, C)
@@ -298,7 +300,7 @@ def trained_parts(o, device, expert=None):
     state = load_state(Path(o.out) / "vae.weights.pt", "vae")
     configs = {"denoiser": DENOISER, "text": TEXT, "audio": AUDIO,
                "vae": dataclasses.replace(TINY_VAE, mean=tuple(state["mean"]), std=tuple(state["std"]))}
-    nets = {"vae": VAE(configs["vae"]), "audio": AudioEncoder(AUDIO)}
+    nets = {"vae": VAE(configs["vae"]), "audio": Wav2Vec2(AUDIO)}
     nets["vae"].load_state_dict(state["vae"])
     nets["audio"].load_state_dict(load_state(Path(o.out) / "audio.weights.pt", "audio")["audio"])
     if expert:

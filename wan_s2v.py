@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from audio import RATE, audio_features, frame_columns, load_audio
+from audio import audio_features, audio_frame_indices
 from formats.checkpoints import open_checkpoint
 from fast.plan import Fit, Machine, device_limit, estimate_seconds, fit, memory_used, private_memory, synchronize
 from model import MOTION_BUCKETS, PATCH, compile_blocks, use_attention8
@@ -28,7 +28,9 @@ from media.pictures import fit_picture, load_image, s2v_size
 from sampling import Experts, denoise
 from solver import SOLVERS, make_solver
 from text import Tokenizer, encode_prompt
-from media.video import VideoWriter, load_pose, probe
+from media.ffmpeg import probe
+from media.sound import RATE, load_audio
+from media.video import VideoWriter, load_pose
 
 FPS = 16
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
@@ -209,8 +211,8 @@ class WanS2VPipeline:
             raise ValueError(f"{options.pose_video} holds no picture: wanted a pose video")
         stride = vae.stride
         height, width = s2v_size(picture.height, picture.width, options.size[0] * options.size[1], step=8 * stride[1])
-        columns = self.checkpoint.configs["audio"].columns(len(sound))                       # 50 a second
-        _, needed = frame_columns(int(columns / 50 * 30), FPS, options.clip_frames)
+        columns = self.checkpoint.configs["audio"].frames(len(sound))                       # 50 a second
+        _, needed = audio_frame_indices(int(columns / 50 * 30), FPS, options.clip_frames)
         shape = (options.clip_frames // stride[0], height // stride[1], width // stride[2])
         clips = min(options.clips or needed, needed)
         if options.frames:

@@ -152,7 +152,7 @@ def require(folder, wanted):
 
 # ------------------------------------------------------------------------------------------------------------ strict matching
 
-NETWORKS = {"denoiser": model.Denoiser, "vae": vae.VAE, "text": text.TextEncoder, "audio": audio.AudioEncoder}
+NETWORKS = {"denoiser": model.Denoiser, "vae": vae.VAE, "text": text.TextEncoder, "audio": audio.Wav2Vec2}
 
 
 class WithoutInit(TorchFunctionMode):

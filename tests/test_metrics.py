@@ -14,7 +14,7 @@ from tiny import evaluate
 from tiny import random_weights as fake_checkpoint
 from tiny import faces
 from tiny import metrics
-from audio import RATE
+from media.sound import RATE
 from tiny.faces import FPS
 from test_speech import voices
 from media.video import VideoWriter

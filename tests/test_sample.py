@@ -21,7 +21,7 @@ import wan_s2v
 from formats.checkpoints import SAMPLING
 from sampling import Experts
 from vae import VAE22
-from media.video import probe
+from media.ffmpeg import probe
 from wan_s2v import Options, WanS2VPipeline
 
 HERE = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import torch
 from tiny import faces
 from tiny import metrics
 import sample
-from audio import audio_features, load_audio
+from audio import audio_features
+from media.sound import load_audio
 from formats.checkpoints import open_checkpoint
 from fast.plan import Machine
 from sampling import denoise

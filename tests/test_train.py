@@ -24,7 +24,8 @@ from tiny import optimise
 import sample
 import solver
 import train
-from audio import RATE, AudioConfig
+from audio import AudioConfig
+from media.sound import RATE
 from model import Config
 from text import TextConfig
 from vae import VAEConfig

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw
 
 from tiny import faces
 from tiny import metrics
-from audio import RATE
+from media.sound import RATE
 from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
 from fast.plan import Machine, pick_device
 from sample import numbers, open_folder

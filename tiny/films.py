@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from tiny import faces
-from audio import RATE, load_audio
+from media.sound import RATE, load_audio
 from tiny.metrics import to_picture
 from media.video import VideoWriter
 
