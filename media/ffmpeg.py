@@ -61,19 +61,20 @@ def streams(path):
 
 
 def frame_rate(path):
-    """Mean frames per second of the picture, from its decoding timestamps; 0 for a single frame.
+    """Mean frames per second of the picture, from its decoding timestamps; of a single frame, from its duration; 0 if unknown.
 
     Timestamps are whole ticks, often milliseconds. A whole rate, or one of 1000/1001 of it, is taken if the ticks allow it.
     """
     report = run(*source(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-")
     tick = Fraction(re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)[1])                      # seconds
-    times = [int(line.split(",")[1]) for line in report.splitlines() if line[0] != "#"]         # stream, dts, pts, duration, ...
-    steps, seconds = len(times) - 1, (times[-1] - times[0]) * tick if times else 0
-    if not seconds:
+    packets = [line.split(",") for line in report.splitlines() if line[0] != "#"]              # stream, dts, pts, duration, size, checksum
+    times = [int(dts) for _, dts, *_ in packets]
+    steps, ticks = (len(times) - 1, times[-1] - times[0]) if len(times) > 1 else (1, sum(int(packet[3]) for packet in packets))
+    if not ticks:
         return 0.0
-    rate = steps / seconds
-    likely = [r for r in (Fraction(round(rate)), round(rate) * Fraction(1000, 1001)) if abs(r * seconds - steps) <= r * tick]
-    return float(min(likely or [rate], key=lambda r: r * seconds != steps))                    # one that fits exactly, else the whole one
+    rate = steps / (ticks * tick)
+    likely = [r for r in (Fraction(round(rate)), round(rate) * Fraction(1000, 1001)) if abs(r * ticks * tick - steps) <= r * tick]
+    return float(min(likely or [rate], key=lambda r: r != rate))                               # one that fits exactly, else the whole one
 
 
 @dataclass(frozen=True)

@@ -402,6 +402,12 @@ def test_frame_rate(tmp_path, name, rate):
     assert frame_rate(tmp_path / name) == float(Fraction(rate))
 
 
+def test_frame_rate_of_one_frame(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", SIZE, FPS) as out:
+        out.write(smooth(1))
+    assert frame_rate(tmp_path / "a.mp4") == FPS
+
+
 def test_frame_rate_of_uneven_frames(tmp_path):
     """Screen and browser recordings leave frames out: what counts is their mean rate, 40 of each 60 here."""
     run("-f", "lavfi", "-i", "testsrc=s=64x64:d=4:r=60", "-vf", "select=mod(n\\,3)", "-fps_mode", "vfr", str(tmp_path / "a.webm"))
