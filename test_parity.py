@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from formats import checkpoints
 from formats import names
-from audio import align_to_fps, frame_columns, hidden_states, normalise, resample_50_to_30
+from audio import align_to_fps, audio_frame_indices, hidden_states, normalise, resample_50_to_30
 from fast.blocks import FastDenoiser
 from model import attention, expert_index, per_token
 from media.pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
@@ -228,7 +228,7 @@ def audio_bucket(meta, golden, run=None):
         if (interpolated := output.replace("bucket", "interp")) in golden:
             yield interpolated, states, golden[interpolated]
     for row in meta["table"]:
-        columns, clips = frame_columns(row["frames_30fps"], row["fps"], row["batch_frames"])
+        columns, clips = audio_frame_indices(row["frames_30fps"], row["fps"], row["batch_frames"])
         name = f"{row['frames_50fps']} at {row['fps']} fps, {row['batch_frames']}"
         yield f"columns {name}", columns, torch.tensor(row["indices"]), 0
         yield f"clips {name}", clips, row["num_repeat"], 0

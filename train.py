@@ -31,11 +31,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import convert_weights
-from audio import audio_features, load_audio
+from audio import audio_features
+from media.sound import load_audio
 from fast import fp8
 from formats import checkpoints, lora
 from media.pictures import fit_frame, fit_picture, load_image, s2v_size
-from media.video import probe, read_frames
+from media.ffmpeg import probe
+from media.video import read_frames
 from fast.blocks import attention_backend
 from text import Tokenizer, encode_prompt
 from tiny import networks, speech

@@ -263,7 +263,7 @@ def image_condition(vae, picture, frames):
     The frames after the picture are zeros, mid grey; the mask says that only the first frame is known (official L266-299).
     """
     rest = picture.new_zeros(1, 3, 4, *picture.shape[3:])
-    latents = vae.exactly(lambda: torch.cat(list(vae.encode_stream([picture] + [rest] * ((frames - 1) // 4))), dim=2))
+    latents = vae.with_fp32_fallback(lambda: torch.cat(list(vae.encode_stream([picture] + [rest] * ((frames - 1) // 4))), dim=2))
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, latents], dim=1)
@@ -316,7 +316,7 @@ def decode_frames(vae, pieces, n):
             done += len(wanted)
         synchronize(pieces[0].device)
         return kept.transpose(0, 1)[None]
-    return vae.exactly(run)
+    return vae.with_fp32_fallback(run)
 
 
 def warn_unless_known(vae, picture, path, least):

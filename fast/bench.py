@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from fast.probe import GIB, cap_memory, forward_flops, free_memory, memory_used,
 from formats.checkpoints import Entry, materialise, parameter_shapes
 from sample import DTYPES, size
 from tiny import random_weights
-from vae import new_past
+from vae import new_cache
 from wan_s2v import decode_frames
 
 PRESETS = ("s2v-14B", "t2v-A14B", "i2v-A14B", "ti2v-5B", "tiny")
@@ -200,7 +199,7 @@ def bench_vae_error(configs, device, shape):
                                  ("bfloat16", torch.bfloat16, True)):
         torch.backends.cudnn.allow_tf32 = allowed
         vae = random_network("vae", configs, device, dtype)
-        pixels, past = [], new_past(vae.decoder)
+        pixels, past = [], new_cache(vae.decoder)
         for i in range(z.shape[2]):
             pixels.append(vae.decoder(z[:, :, i:i + 1].to(dtype), past).float().cpu())
         both = torch.cat(pixels, dim=2), vae.encode(video).cpu()

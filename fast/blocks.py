@@ -164,7 +164,7 @@ class FastDenoiser:
             self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
         if block.inject is None:
             return
-        (T, h, w), hw = cond.grid, cond.grid[1] * cond.grid[2]
+        T, hw = cond.grid[0], cond.grid[1] * cond.grid[2]
         step = max(1, (spans[0].stop - spans[0].start) // hw)        # as many latent frames at a time as the longest span holds
         for f in range(0, T, step):
             self.hear(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from audio import RATE, frame_columns, load_audio
-from fast import offload
+from audio import audio_frame_indices
 from fast.probe import GIB, Memory
 from formats.checkpoints import parameter_dtype
 from media.pictures import i2v_size, load_image, s2v_size, ti2v_size
-from media.video import probe
+from media.sound import RATE, load_audio
+from media.ffmpeg import probe
 from model import MOTION_BUCKETS, PATCH
 from sampling import SOLVERS
-from vae import peak_bytes
+from vae import VAE, CausalConv, cut_tiles
 
 FPS = 16                     # of S2V: audio frames are made at this rate
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
@@ -194,7 +194,7 @@ def make_plan(config, checkpoint, free):
     fields = dict(task=checkpoint.task, height=height, width=width, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
     if kind == "s2v":
         shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
-        clips, frames = count_clips(config, checkpoint.configs["audio"].columns(len(sound)))
+        clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)))
         first, longest = token_counts(shape)
         tokens = (first, longest) if clips > 1 and not config.start_from_ref else (longest if config.start_from_ref else first,)
         fields, longest = fields | dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=tokens), tokens[-1]
@@ -245,7 +245,7 @@ def frame_size(o, kind, stride):
 
 def count_clips(o, columns):
     """columns: of wav2vec2, 50 a second -> clips, frames of the whole video"""
-    _, clips = frame_columns(int(columns / 50 * 30), FPS, o.clip_frames)
+    _, clips = audio_frame_indices(int(columns / 50 * 30), FPS, o.clip_frames)
     clips, dropped = min(o.clips or clips, clips), 0 if o.start_from_ref else WARM_UP
     if o.frames:
         clips = min(clips, -(-(o.frames + dropped) // o.clip_frames))
@@ -322,6 +322,7 @@ def choose(config, checkpoint, latent_shape, tokens, free):
 
 def weigh(part, config):
     """function (number of resident blocks or None: all) -> bytes of a part's parameters on the device, in pinned host memory, number of blocks"""
+    from fast import offload                                         # here: importing `sample` does not need it
     tensors = part.tensors
     if config.fp8 and part.kind == "denoiser":
         from fast import fp8                                         # here: planning without it does not need it
@@ -357,5 +358,38 @@ def layer_bytes(cfg, config):
 
 def vae_cuts(config, H, W, dtype):
     """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
-    return [(tiles, VAE_WORKSPACE * peak_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
+    return [(tiles, VAE_WORKSPACE * vae_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
             for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
+
+
+def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
+    """About the most bytes that encoding or decoding a video of H x W latents takes on a device, whichever is more.
+
+    Not counted: the weights, what the caller holds and the work space of convolution kernels.
+    """
+    return max(vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode) for decode in (False, True))
+
+
+def vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode):
+    """The feature cache (two frames per causal convolution), the working set of the largest residual block or upsampling, a chunk of video."""
+    with torch.device("meta"):
+        net = VAE(config).decoder if decode else VAE(config).encoder
+    cuts, full, frames = cut_tiles(H, W, tiles), 2 ** len(config.temporal_downsample), chunk * config.stride[0]
+    n, scale, halos = chunk, 1, config.decoder_halos
+    if not decode:
+        n, scale, halos = frames, full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
+    held, live = 10 * H * W * net.middle.block1.conv1.in_channels, []             # the five convolutions of the bottleneck
+    for stage, halo in zip(net.stages, halos):
+        pixels = min(H, W) * scale * max(stop - start for start, stop in (tile.bounds(scale, halo) for tile in cuts))
+        c_in, C, time = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels, getattr(stage.resample, "time", None)
+        cached = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
+        cached += [net.conv_out if decode else net.conv_in] if scale == full else []
+        held += 2 * pixels * sum(layer.in_channels for layer in cached)
+        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, normed, with its cache; output
+        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same beside the stage's input
+        if decode and stage.resample:
+            n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
+            live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
+        elif stage.resample:
+            n, scale = n // (2 if time else 1), scale // 2
+    return (held + max(live)) * dtype.itemsize + 4 * 3 * H * W * config.stride[1] ** 2 * frames // tiles   # the video is float32

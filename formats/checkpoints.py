@@ -97,7 +97,7 @@ def require(folder, wanted):
 # ------------------------------------------------------------------------------------------------- networks and strict matching
 
 E4M3 = torch.float8_e4m3fn
-NETWORKS = {"denoiser": model.Denoiser, "vae": vae.VAE, "text": text.TextEncoder, "audio": audio.AudioEncoder}
+NETWORKS = {"denoiser": model.Denoiser, "vae": vae.VAE, "text": text.TextEncoder, "audio": audio.Wav2Vec2}
 CONFIGS = {"denoiser": model.Config, "vae": vae.VAEConfig, "text": text.TextConfig, "audio": audio.AudioConfig}
 
 

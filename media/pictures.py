@@ -31,14 +31,14 @@ def load_image(path):
     Image.init()      # registers every format; without it only the common ones are known by name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")      # Pillow warns of large pictures and damaged EXIF; both are dealt with here
-        with _one_line(path):
+        with _as_value_error(path):
             img = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
         with img:
             if min(img.size) < MIN_SIDE:
                 raise ValueError(f"{path} is {img.width}x{img.height} pixels, wanted at least {MIN_SIDE}x{MIN_SIDE}: use a larger picture")
             if img.width * img.height > MAX_PIXELS:
                 raise ValueError(_too_many_pixels(path))
-            with _one_line(path):
+            with _as_value_error(path):
                 return _to_rgb(img)
 
 
@@ -47,8 +47,8 @@ def _too_many_pixels(path):
 
 
 @contextmanager
-def _one_line(path):
-    """Whatever a decoder raises (OSError, SyntaxError, struct.error, zlib.error, EOFError ...) becomes a one-line ValueError."""
+def _as_value_error(path):
+    """Any error of a decoder (OSError, SyntaxError, struct.error, zlib.error, EOFError ...) becomes a one-line ValueError."""
     try:
         yield
     except Image.UnidentifiedImageError:
@@ -64,7 +64,7 @@ def _to_rgb(img):
     img.load()
     try:
         ImageOps.exif_transpose(img, in_place=True)
-    except Exception:      # damaged EXIF says nothing about the pixels: leave them as they lie
+    except Exception:      # damaged EXIF raises many types; the pixels are good, and are not turned
         pass
     if img.mode == "I" or img.mode.startswith("I;16"):      # Pillow itself would clip at 255
         grey = np.asarray(img).astype(np.int32).clip(0, 65535)
@@ -94,8 +94,8 @@ def s2v_size(height, width, max_area, step=64):
         scale = largest - (largest - smallest) * i / 100
         H, W = (-(-int(side * scale) // step) * step for side in (height, width))
         if H * W <= max_area:
-            return _whole(H, W, step, height, width, max_area)
-    return _whole(0, 0, step, height, width, max_area)      # only budgets below step^2 come here
+            return _check_size(H, W, step, height, width, max_area)
+    return _check_size(0, 0, step, height, width, max_area)      # only budgets below step^2 come here
 
 
 def i2v_size(height, width, max_area, step=16):
@@ -106,7 +106,7 @@ def i2v_size(height, width, max_area, step=16):
     shape = height / width
     H = int(math.sqrt(max_area * shape) // step * step)
     W = int(math.sqrt(max_area / shape) // step * step)
-    return _whole(H, W, step, height, width, max_area)
+    return _check_size(H, W, step, height, width, max_area)
 
 
 def ti2v_size(height, width, max_area, step=32):
@@ -120,11 +120,11 @@ def ti2v_size(height, width, max_area, step=32):
         W2 = int(max_area / H2 // step * step)
         error1, error2 = (max(shape / s, s / shape) for s in (W1 / H1, W2 / H2))
     except ZeroDivisionError:
-        return _whole(0, 0, step, height, width, max_area)
+        return _check_size(0, 0, step, height, width, max_area)
     return (H1, W1) if error1 < error2 else (H2, W2)
 
 
-def _whole(H, W, step, height, width, max_area):
+def _check_size(H, W, step, height, width, max_area):
     if min(H, W) < step:
         raise ValueError(f"a {width}x{height} picture does not fit a budget of {max_area} pixels with sides of at least {step}: "
                          "raise the size or crop the picture to a squarer shape")
@@ -139,7 +139,7 @@ def fit_picture(img, size, official=False):
               Where that leaves no bars both ways give the same bits.
     returns   (3, H, W) float32 in [-1, 1]
     """
-    h, w = _scaled((img.height, img.width), size, official)
+    h, w = _cover_size((img.height, img.width), size, official)
     x = _pixels(img.resize((w, h), Image.Resampling.BILINEAR))       # (3, h, w)
     return center_crop(x, size) / 255 * 2 - 1                        # bars are 0 here, so -1
 
@@ -150,7 +150,7 @@ def fit_frame(frame, size, official=False):
     Scaled after normalisation as official L347-352, so `official` bars are mid grey here, not black.
     """
     x = torch.from_numpy(frame).permute(2, 0, 1) / 255 * 2 - 1       # (3, h, w)
-    h, w = _scaled(x.shape[1:], size, official)
+    h, w = _cover_size(x.shape[1:], size, official)
     if (h, w) != x.shape[1:]:
         x = F.interpolate(x[None], (h, w), mode="bilinear", align_corners=False, antialias=True)[0]
     return center_crop(x, size)
@@ -175,7 +175,7 @@ def _pixels(img):
     return torch.from_numpy(np.array(img)).permute(2, 0, 1).float()  # (3, h, w)
 
 
-def _scaled(size, target, official):
+def _cover_size(size, target, official):
     """Size to scale to before the centre crop: short side to min(target), or more where the long side would not cover (unless official)."""
     (h, w), (H, W) = size, target
     short = min(H, W)

@@ -5,116 +5,29 @@ Source  Wan-Video/Wan2.2@42bf4cf wan/utils/utils.py (save_video, merge_video_aud
 Unlike the official code, which catches every error here, whatever goes wrong is raised as a one-line ValueError or OSError.
 """
 import itertools
-import logging
 import math
 import os
-import re
 import secrets
 import shutil
-import signal
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image
 
+from media.ffmpeg import REMEDY, SAMPLE_TIME, FFmpegError, decoded, ffmpeg_command, last_line, probe, run, source
 from media.pictures import fit_frame
 
-log = logging.getLogger("wan")
 SUFFIXES = (".mp4", ".mov")
 MP4_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")      # copied as they are; Opus and FLAC are legal too, but many players stay silent
-REMEDY = "pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /"
 QUALITY = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "10"]      # the official quality=8, but 1.2x the size in half the time
 # Tagged BT.709, so that players show the colours that went in; untagged files (the official ones) are guessed at by size.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p," \
          "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
-SAMPLE_TIME = "asetpts=N/SR/TB"      # count from the first sample on, as the audio encoder does, whatever timestamps the file has
 CONTAINER = ["-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4"]      # no names, places or dates from the sound file
-
-
-# ---- ffmpeg
-
-def ffmpeg_command(*args):
-    try:
-        return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *args]
-    except RuntimeError:
-        raise OSError(f"no ffmpeg program found: {REMEDY}") from None
-
-
-def source(path):
-    """Input arguments for a local file, whatever its name holds; playlists cannot reach the network."""
-    return ["-protocol_whitelist", "file,pipe", "-i", "file:" + os.path.abspath(path)]
-
-
-def run(*args):
-    """Run ffmpeg to its end -> what it wrote to stdout.  OSError with ffmpeg's own last line if it fails."""
-    done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode:
-        raise OSError(f"ffmpeg failed: {last_line(done.stderr, done.returncode)}")
-    return done.stdout.decode(errors="replace")
-
-
-def last_line(stderr, code):
-    """What ffmpeg said last, without "[out#0/mp4 @ 0x55..]"; if it said nothing, how it ended."""
-    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
-    lines = [line for line in lines if line not in ("", "Conversion failed!")]
-    if lines:
-        return re.sub(r"^(\[[^]]*\] *)+", "", lines[-1])
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
-
-
-@dataclass(frozen=True)
-class Media:
-    """What a file holds; the picture fields are 0 or None without a picture, the sound fields without sound."""
-    width: int = 0
-    height: int = 0
-    fps: float = 0.0
-    frames: int = 0               # decoded, not what the header claims; 0 if not counted
-    duration: float = 0.0         # seconds of picture, frames / fps
-    video_codec: str | None = None
-    audio_codec: str | None = None
-    audio_duration: float = 0.0   # seconds, decoded; 0 if not counted
-
-    @property
-    def has_audio(self):
-        return self.audio_codec is not None
-
-
-def probe(path, count=True):
-    """What ffmpeg finds in a file -> Media.  count=False reads the header only; otherwise everything is decoded once.
-
-    raises  ValueError if the file is missing or holds neither picture nor sound
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"file not found: {path}")
-    header = subprocess.run(ffmpeg_command("-hide_banner", *source(path)), stdin=subprocess.DEVNULL, capture_output=True)
-    streams = [line for line in header.stderr.decode(errors="replace").splitlines() if line.lstrip().startswith("Stream #")]
-    picture = next((re.search(r" Video: (\w+).*?, (\d{2,})x(\d+)(.*)", line) for line in streams
-                    if " Video: " in line and "(attached pic)" not in line), None)
-    sound = next((re.search(r" Audio: (\w+)", line) for line in streams if " Audio: " in line), None)
-    if not picture and not sound:
-        raise ValueError(f"{path} holds no video or sound that can be read ({last_line(header.stderr, header.returncode)})")
-    width = height = frames = 0
-    fps = seconds = 0.0
-    if picture:
-        width, height = int(picture[2]), int(picture[3])
-        rate = re.search(r"([\d.]+)(k?) fps", picture[4]) or re.search(r"([\d.]+)(k?) tbr", picture[4])
-        fps = float(rate[1]) * (1000 if rate[2] else 1) if rate else 0.0
-        frames = int(_progress(path, "v", "frame")) if count else 0
-    if sound and count:
-        seconds = _progress(path, "a", "out_time_us") / 1e6
-    return Media(width, height, fps, frames, frames / fps if fps else 0.0, picture and picture[1], sound and sound[1], seconds)
-
-
-def _progress(path, kind, key):
-    """Decode the first video ("v") or audio ("a") stream to nowhere -> the last value of one field of ffmpeg's progress report."""
-    how = ["-fps_mode", "passthrough"] if kind == "v" else ["-af", SAMPLE_TIME]
-    report = run(*source(path), "-map", f"0:{kind}:0", *how, "-f", "null", "-progress", "pipe:1", "-nostats", "-")
-    found = re.findall(rf"^{key}=(\d+)", report, re.MULTILINE)
-    return int(found[-1]) if found else 0
 
 
 # ---- sound
@@ -138,7 +51,7 @@ def open_sound(path, start=0.0, duration=None, shift=0.0):
     info = probe(path, count=False)
     if not info.has_audio:
         raise ValueError(f"{path} holds no sound")
-    length = _progress(path, "a", "out_time_us") / 1e6
+    length = decoded(path, "a", "out_time_us") / 1e6
     begin = start + max(0.0, -shift)
     end = length if duration is None else min(length, start + duration)
     if end <= begin:
@@ -194,11 +107,11 @@ def check_output(path, need=2**24):
 
 def _check_encoder():
     try:
-        known = "libx264" in run("-encoders")
+        run("-f", "lavfi", "-i", "color=size=16x16", "-frames:v", "1", *QUALITY, "-f", "null", "-")
+    except FFmpegError as error:
+        raise ValueError(f"no H.264 encoder (libx264) that works: {error}; {REMEDY}") from None
     except OSError as error:
         raise ValueError(f"no working ffmpeg ({error}): {REMEDY}") from None
-    if not known:
-        raise ValueError(f"{imageio_ffmpeg.get_ffmpeg_exe()} has no H.264 encoder (libx264): {REMEDY}")
 
 
 def _temporary(path, suffix=""):
@@ -390,7 +303,7 @@ def load_pose(path, frames, size, fps=16, first=0, official=False):
     if n == 0:
         raise ValueError(f"{path}: no video frame could be read")
     if before < n < first + frames:
-        log.warning("the pose video ends after %d frames at %g fps: no pose from there on", n, fps)
+        print(f"warning: the pose video ends after {n} frames at {fps:g} fps: no pose from there on", file=sys.stderr)
     return clip
 
 
@@ -400,7 +313,7 @@ def read_frames(path, every=1, first=0, count=None):
     One frame at a time comes through a pipe, so a long video is never in memory; as PPM, which tells its own size (after rotation).
     """
     chosen = rf"select=gte(n\,{first * every})*not(mod(n\,{every}))"
-    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:v:0", "-vf", chosen, "-fps_mode", "passthrough",
+    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:V:0", "-vf", chosen, "-fps_mode", "passthrough",
                              *([] if count is None else ["-frames:v", str(count)]),
                              "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-")
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as ffmpeg:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from audio import RATE
+from media.sound import RATE
 from media.video import VideoWriter
 from tiny import evaluate, faces, metrics, random_weights
 from tiny.faces import FPS

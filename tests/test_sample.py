@@ -16,7 +16,7 @@ import convert_weights as convert
 import sample
 import wan_s2v
 from fast import blocks
-from media.video import probe
+from media.ffmpeg import probe
 from sampling import Experts
 from tiny import random_weights
 from vae import VAE22

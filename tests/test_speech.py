@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from tiny import speech
-from audio import RATE
+from media.sound import RATE
 
 ESPEAK = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason=speech.INSTALL)
 

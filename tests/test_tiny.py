@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 import sample
-from audio import audio_features, load_audio
+from audio import audio_features
+from media.sound import load_audio
 from formats.checkpoints import open_checkpoint
 from sampling import denoise, make_solver
 from tiny import faces, metrics

@@ -19,7 +19,8 @@ import convert_weights
 import sample
 import sampling
 import train
-from audio import RATE, AudioConfig
+from audio import AudioConfig
+from media.sound import RATE
 from fast import fp8
 from formats import checkpoints, lora
 from media.video import VideoWriter

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from audio import RATE, align_to_fps, resample_50_to_30
+from audio import align_to_fps, resample_50_to_30
+from media.sound import RATE
 from tiny import faces, speech
 from tiny.optimise import generator
 from wan_s2v import FPS, WARM_UP

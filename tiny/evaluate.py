@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from audio import RATE
+from media.sound import RATE
 from fast.probe import pick_device
 from sample import numbers, open_folder
 from tiny import faces, metrics

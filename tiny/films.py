@@ -12,7 +12,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from audio import RATE, load_audio
+from media.sound import RATE, load_audio
 from media.video import VideoWriter
 from tiny import faces
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from audio import AudioConfig, AudioEncoder
+from audio import AudioConfig, Wav2Vec2
 from model import Config, Denoiser
 from text import TextConfig, TextEncoder, Tokenizer
 from tiny import random_weights
@@ -29,7 +29,7 @@ AUDIO_CONFIG = AudioConfig(dim=64, ffn_dim=128, n_head=4, n_layer=4, conv_dim=(3
 # ------------------------------------------------------------------------------------------------------------ initial weights
 
 def new_audio():
-    encoder = AudioEncoder(AUDIO_CONFIG)
+    encoder = Wav2Vec2(AUDIO_CONFIG)
     nn.init.normal_(encoder.pos_conv.v, std=0.05)
     nn.init.zeros_(encoder.pos_conv.bias)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def trained(out, device, denoiser=None):
     out, state = Path(out), load_state(Path(out) / "vae.weights.pt", "python -m tiny.stages vae")
     configs = {"denoiser": DENOISER_CONFIG, "text": TEXT_CONFIG, "audio": AUDIO_CONFIG,
                "vae": dataclasses.replace(VAE_CONFIG, mean=tuple(state["mean"]), std=tuple(state["std"]))}
-    nets = {"vae": VAE(configs["vae"]), "audio": AudioEncoder(AUDIO_CONFIG)}
+    nets = {"vae": VAE(configs["vae"]), "audio": Wav2Vec2(AUDIO_CONFIG)}
     state |= load_state(out / "audio.weights.pt", "python -m tiny.stages audio")
     if denoiser:
         nets |= {"denoiser": Denoiser(DENOISER_CONFIG), "text": TextEncoder(TEXT_CONFIG)}

@@ -25,7 +25,7 @@ import soundfile
 import soxr
 import torch
 
-from audio import RATE, load_audio
+from media.sound import RATE, load_audio
 
 VOICES = ("m1 m2 m3 m4 m6 m7 f1 f2 f4 f5 Alex Andy Annie Alicia Andrea Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen "
           "adam anika belinda benjamin david ed grandpa iven john linda max michel miguel norbert pablo paul pedro quincy rob shelby "

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import convert_weights
-from audio import RATE
+from media.sound import RATE
 from fast import fp8
 from formats import checkpoints
 from tiny import faces, networks, speech
 from tiny.clips import standardise
 from tiny.optimise import Stage, add_loop_options, autocast, between, generator, run, save_weights, world
 from train import as_part, train
-from vae import new_past
+from vae import new_cache
 from wan_s2v import FPS
 
 SAMPLING = dict(size=[128, 128], steps=12, guidance=[1.5, 1.5], negative_prompt="", picture_db=25.0)
@@ -72,7 +72,7 @@ def audio_stage(o, device):
     def batch(step):
         g = generator(device, o.seed, step, world()[0])
         wav = speech.augment(speech.crops(sound, o.batch, 5.0, g), g)
-        return None, standardise(wav), audio_targets(wav, config.columns(wav.shape[1]))
+        return None, standardise(wav), audio_targets(wav, config.frames(wav.shape[1]))
 
     def loss(_, wave, target):
         states = encoder(wave)                                       # (states, B, T, C)
@@ -100,7 +100,7 @@ def phase(step, o):
 
 def causal(net, x):
     """A causal network over whole videos: the first frame alone, then the rest, as in streaming.  x (B, C, frames, h, w)"""
-    cache = new_past(net)
+    cache = new_cache(net)
     parts = [net(x[:, :, :1], cache)]
     return torch.cat(parts + ([net(x[:, :, 1:], cache)] if x.shape[2] > 1 else []), dim=2)
 

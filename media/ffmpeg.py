@@ -1,0 +1,121 @@
+"""The ffmpeg program that imageio-ffmpeg brings: commands, their errors, and what a media file holds.
+
+The wheel has no ffprobe. Facts are read from formats that ffmpeg documents: the framecrc muxer and the -progress report, not its log.
+"""
+import os
+import re
+import signal
+import subprocess
+from dataclasses import dataclass
+from fractions import Fraction
+
+import imageio_ffmpeg
+
+REMEDY = "pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /"
+SAMPLE_TIME = "asetpts=N/SR/TB"      # time counted in samples from the first one, as the audio encoder does, whatever timestamps the file has
+
+
+class FFmpegError(OSError):
+    """ffmpeg ran and failed."""
+
+
+def ffmpeg_command(*args):
+    try:
+        return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *args]
+    except RuntimeError:
+        raise OSError(f"no ffmpeg program found: {REMEDY}") from None
+
+
+def source(path):
+    """Input arguments for a local file, whatever its name holds; playlists cannot reach the network."""
+    return ["-protocol_whitelist", "file,pipe", "-i", "file:" + os.path.abspath(path)]
+
+
+def run(*args):
+    """Run ffmpeg to its end -> what it wrote to stdout.  FFmpegError with ffmpeg's own last line if it fails."""
+    done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        raise FFmpegError(f"ffmpeg failed: {last_line(done.stderr, done.returncode)}")
+    return done.stdout.decode(errors="replace")
+
+
+def last_line(stderr, code):
+    """For a message: what ffmpeg said last, without "[out#0/mp4 @ 0x55..]"; if it said nothing, how it ended."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line not in ("", "Conversion failed!")]
+    if lines:
+        return re.sub(r"^(\[[^]]*\] *)+", "", lines[-1])
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+
+
+def streams(path):
+    """The first picture (no cover art) and the first sound of a file -> {"video": {...}, "audio": {...}}, either may be missing.
+
+    Their fields are those of a framecrc header, such as codec_id, dimensions, sample_rate.  FFmpegError if ffmpeg can read neither.
+    """
+    header = run(*source(path), "-map", "0:V:0?", "-map", "0:a:0?", "-c", "copy", "-t", "0", "-f", "framecrc", "-")
+    found = {}
+    for name, index, value in re.findall(r"^#(\w+) (\d+): *(.+)$", header, re.MULTILINE):      # "#codec_id 0: h264"
+        found.setdefault(index, {})[name] = value
+    return {fields["media_type"]: fields for fields in found.values()}
+
+
+def frame_rate(path):
+    """Mean frames per second of the picture, from its decoding timestamps; of a single frame, from its duration; 0 if unknown.
+
+    Timestamps are whole ticks, often milliseconds. A whole rate, or one of 1000/1001 of it, is taken if the ticks allow it.
+    """
+    report = run(*source(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-")
+    tick = Fraction(re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)[1])                      # seconds
+    packets = [line.split(",") for line in report.splitlines() if line[0] != "#"]              # stream, dts, pts, duration, size, checksum
+    times = [int(dts) for _, dts, *_ in packets]
+    steps, ticks = (len(times) - 1, times[-1] - times[0]) if len(times) > 1 else (1, sum(int(packet[3]) for packet in packets))
+    if not ticks:
+        return 0.0
+    rate = steps / (ticks * tick)
+    likely = [r for r in (Fraction(round(rate)), round(rate) * Fraction(1000, 1001)) if abs(r * ticks * tick - steps) <= r * tick]
+    return float(min(likely or [rate], key=lambda r: r != rate))                               # one that fits exactly, else the whole one
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a file holds; the picture fields are 0 or None without a picture, the sound fields without sound."""
+    width: int = 0
+    height: int = 0
+    fps: float = 0.0
+    frames: int = 0               # decoded, not what the header claims; 0 if not counted
+    video_codec: str | None = None
+    audio_codec: str | None = None
+    audio_duration: float = 0.0   # seconds, decoded; 0 if not counted
+
+    @property
+    def has_audio(self):
+        return self.audio_codec is not None
+
+
+def probe(path, count=True):
+    """What ffmpeg finds in a file -> Media.  count=False decodes nothing; otherwise everything is decoded once.
+
+    raises  ValueError if the file is missing or holds neither picture nor sound
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"file not found: {path}")
+    try:
+        found = streams(path)
+    except FFmpegError as error:
+        raise ValueError(f"{path} holds no video or sound that can be read ({error})") from None
+    video, audio, width, height, fps, frames, seconds = found.get("video"), found.get("audio"), 0, 0, 0.0, 0, 0.0
+    if video:
+        (width, height), fps = map(int, video["dimensions"].split("x")), frame_rate(path)
+        frames = decoded(path, "V", "frame") if count else 0
+    if audio and count:
+        seconds = decoded(path, "a", "out_time_us") / 1e6
+    return Media(width, height, fps, frames, video and video["codec_id"], audio and audio["codec_id"], seconds)
+
+
+def decoded(path, kind, field):
+    """Decode the first picture ("V") or sound ("a") to nowhere -> the last value of one field of ffmpeg's -progress report."""
+    how = ["-fps_mode", "passthrough"] if kind == "V" else ["-af", SAMPLE_TIME]
+    report = run(*source(path), "-map", f"0:{kind}:0", *how, "-f", "null", "-progress", "pipe:1", "-nostats", "-")
+    values = re.findall(rf"^{field}=(\d+)", report, re.MULTILINE)
+    return int(values[-1]) if values else 0
