@@ -1,7 +1,7 @@
 """Prompt -> text features: cleaning, tokenizing, and the encoder of umT5-XXL.
 
-umT5 is a pre-norm transformer without biases. It knows word order only through a learned number per (attention head, distance bucket)
-that is added to the attention scores, and unlike T5 every layer has its own such table. Scores are not divided by sqrt(D).
+umT5 is a pre-norm transformer without biases. Word order enters only as a relative position bias: a learned number per attention head
+and distance bucket, added to the attention scores. Unlike in T5 every layer has its own table. Scores are not divided by sqrt(D).
 
 Axes    B batch   S text tokens   C width   K heads   D head width
 Source  Wan-Video/Wan2.2@42bf4cf wan/modules/t5.py, cited below as "official L245", and wan/modules/tokenizers.py.
@@ -11,7 +11,6 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 
 import ftfy
 import tokenizers
@@ -28,18 +27,18 @@ class TextConfig:             # umT5-XXL as shipped with every Wan2.x checkpoint
     ffn: int = 10240
     n_head: int = 64          # K, so D = 64
     n_layer: int = 24
-    n_bucket: int = 32        # distance buckets: half for keys before the query, half for keys after it
+    n_bucket: int = 32        # distance buckets: half for keys up to the query, half for keys after it
     max_distance: int = 128   # from here on all distances share the last bucket
     eps: float = 1e-6
 
 
 def position_buckets(S, n_bucket, max_distance):
-    """Bucket of every (query, key) pair: short distances have one each, longer ones share in logarithmic steps (official L245-264).
+    """Distance bucket of every (query, key) pair: short distances have one each, longer ones share in logarithmic steps (official L245-264).
 
-    returns  (S, S) int64 on the CPU, where float32 rounds as it did in training: 16, 32, 64 lie on bucket edges
+    returns  (S, S) int64, computed on the CPU: distances 16, 32, 64 lie on bucket edges, and another device may round them differently
     """
     half = n_bucket // 2
-    near = half // 2                                                           # 8: distances 0..7 are told apart
+    near = half // 2                                                           # 8: distances 0..7 have a bucket each
     d = torch.arange(S)
     far = (d.clamp(min=near) / near).log() / math.log(max_distance / near)     # 0 at `near`, 1 at `max_distance`
     far = (near + (far * (half - near)).long()).clamp(max=half - 1)
@@ -48,14 +47,8 @@ def position_buckets(S, n_bucket, max_distance):
     return bucket[offset.abs()] + half * (offset > 0)
 
 
-@lru_cache(maxsize=1)
-def buckets_on(device, *sizes):
-    """`position_buckets` on a device, made once for all prompts of a length."""
-    return position_buckets(*sizes).to(device)
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32; the result has the weight's dtype, ready for the linear layer behind it."""
+    """x / rms(x) * weight over the last axis, computed in float32; the result has the weight's dtype, that of the next linear layer."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -82,13 +75,15 @@ class Attention(nn.Module):
         k = self.k(x).unflatten(2, (self.n_head, -1)).transpose(1, 2)          # (B, K, S, D)
         v = self.v(x).unflatten(2, (self.n_head, -1)).transpose(1, 2)          # (B, K, S, D)
         bias = self.position(bucket).permute(2, 0, 1)[None].contiguous()       # (1, K, S, S)
-        if mask is not None:                                                   # finite, as official L109: a row without any key is no NaN
+        if mask is not None:                                                   # finite, as official L109, so a row without keys is not NaN
             bias = bias.masked_fill(mask[:, None, None, :] == 0, torch.finfo(bias.dtype).min)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, K, S, D)
         return self.o(y.transpose(1, 2).flatten(2))                            # (B, S, C)
 
 
 class FeedForward(nn.Module):
+    """GELU-gated: x (B, S, C) -> (B, S, C)"""
+
     def __init__(self, config):
         super().__init__()
         self.gate = nn.Linear(config.dim, config.ffn, bias=False)
@@ -100,7 +95,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x (B, S, C) float32, bucket (S, S) int64, mask (B, S) or None -> (B, S, C) float32. A pure function, it can be moved."""
+    """One layer: x (B, S, C) float32, bucket (S, S) int64, mask (B, S) or None -> (B, S, C) float32"""
 
     def __init__(self, config):
         super().__init__()
@@ -110,7 +105,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x, bucket, mask):
-        x = x + self.attn(self.norm1(x), bucket, mask)    # the residual stream stays float32: in float16 umT5 overflows
+        x = x + self.attn(self.norm1(x), bucket, mask)    # float32 residual stream: umT5 overflows in float16
         return x + self.ffn(self.norm2(x))
 
 
@@ -125,11 +120,11 @@ class TextEncoder(nn.Module):
     def forward(self, ids, mask=None):
         """Features of every token.
 
-        ids      (B, S) int64        mask  (B, S), 0 where a token is padding and must not be seen; None: no padding
+        ids      (B, S) int64        mask  (B, S), 0 where a token is padding; None: no padding
         returns  (B, S, C) in the weights' dtype, padding rows included
         source   official L267-312
         """
-        bucket = buckets_on(ids.device, ids.shape[1], self.config.n_bucket, self.config.max_distance)
+        bucket = position_buckets(ids.shape[1], self.config.n_bucket, self.config.max_distance).to(ids.device)   # (S, S)
         x = self.embed(ids).float()                       # (B, S, C)
         for block in self.blocks:
             x = block(x, bucket, mask)
@@ -137,7 +132,7 @@ class TextEncoder(nn.Module):
 
 
 def clean_prompt(prompt):
-    """Repair broken Unicode, resolve HTML entities (twice, for "&amp;lt;"), make every run of white space one space."""
+    """Repair broken Unicode, resolve HTML entities (twice, for "&amp;lt;"), collapse white space."""
     prompt = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return re.sub(r"\s+", " ", prompt).strip()
 
@@ -145,8 +140,8 @@ def clean_prompt(prompt):
 class Tokenizer:
     """Prompt -> token ids, through the tokenizer.json that came with the text encoder.
 
-    path  tokenizer.json        length  most tokens a prompt may have, the closing </s> included
-    raises  ValueError if the file is missing, damaged, or has no </s>
+    path     tokenizer.json        length  most tokens of a prompt, the closing </s> included
+    raises   ValueError if the file is missing, damaged, or has no </s>
     """
 
     def __init__(self, path, length=512):
@@ -173,8 +168,8 @@ class Tokenizer:
 def encode_prompt(encoder, tokenizer, prompt):
     """Text features of one prompt.
 
-    returns  (S, C) float32 on the encoder's device, S <= 512. The official code pads to 512 tokens, masks the padding and drops its rows
-             afterwards; leaving it out gives the same rows. The denoiser pads with zero rows again, and those it does see.
+    returns  (S, C) float32 on the encoder's device, S <= 512. The official code pads to 512 tokens, masks the padding and drops its rows;
+             without padding the rows are the same. The denoiser pads with zero rows, and does attend to those.
     raises   ValueError if the tokenizer belongs to another encoder
     """
     ids = tokenizer(prompt)

@@ -104,16 +104,6 @@ def depth_to_space(x):
     return x.flatten(1, 2).flatten(2, 3).flatten(3, 4)                            # (B, n*t, h*s, w*s, C)
 
 
-def patchify(x, s):
-    """(B, n, h*s, w*s, C) -> (B, n, h, w, C*s*s). Channels count columns before rows, unlike in the shortcuts (official 2.2 L287)."""
-    return space_to_depth(x, 1, s).transpose(6, 7).flatten(4)
-
-
-def unpatchify(x, s):
-    """(B, n, h, w, C*s*s) -> (B, n, h*s, w*s, C)."""
-    return depth_to_space(x.unflatten(4, (-1, 1, s, s)).transpose(6, 7))
-
-
 def average_down(x, y, t, s):
     """Shortcut of an encoder stage: x (B, n*t, h*s, w*s, C) averaged to the shape of y, in groups of channels and neighbours.
 
@@ -336,7 +326,8 @@ class Encoder(nn.Module):
     def run_stages(self, x, cache, crop=uncropped):
         """All pixels (B, P, 8H, 8W, 3), on any device -> the bottleneck's input (B, T, H, W, C), cropped to a tile."""
         x = crop(x, self.scale, math.inf, self.scale * self.halo).to(self.conv_in.weight)   # (B, P, h, w, 3)
-        x = self.conv_in(patchify(x, self.patch), cache)                          # (B, P, h, w, dim), or h/2, w/2
+        x = space_to_depth(x, 1, self.patch).transpose(6, 7).flatten(4)           # (B, P, h/p, w/p, 3*p*p), columns before rows (official 2.2 L287)
+        x = self.conv_in(x, cache)                                                # (B, P, h/p, w/p, dim)
         for stage in self.stages:
             x = stage(x, cache)                                                   # (B, T, H + halos, W + halos, C) in the end
         return crop(x, 1, self.halo, 0)
@@ -384,8 +375,9 @@ class Decoder(nn.Module):
             x = crop(x, scale, have, want).to(self.conv_in.weight.device)         # (B, n, h, w, C)
             x = stage(x, cache)                                                   # (B, 2n or n, 2h, 2w, C')
             scale, have = (2 * scale, 2 * want) if stage.resample else (scale, want)
-        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)          # (B, P, h, w, 3*patch*patch)
-        return crop(unpatchify(x, self.patch), scale * self.patch, have * self.patch, 0)
+        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)          # (B, P, h/p, w/p, 3*p*p)
+        x = depth_to_space(x.unflatten(4, (-1, 1, self.patch, self.patch)).transpose(6, 7))   # (B, P, h, w, 3)
+        return crop(x, scale * self.patch, have * self.patch, 0)
 
     def forward(self, z, cache):
         return self.run_stages(self.bottleneck(z, cache), cache).movedim(-1, 1)   # (B, 3, P, 8H, 8W)

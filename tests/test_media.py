@@ -17,7 +17,7 @@ from PIL import Image
 
 from media import ffmpeg, video
 from media.ffmpeg import frame_rate, probe, run
-from media.pictures import _cover_size, center_crop, fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
+from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
 from media.video import VideoWriter, add_sound, check_output, load_pose, read_frames
 
 FPS, SIZE, RATE = 16, (64, 96), 44100
@@ -87,9 +87,8 @@ def test_bad_pictures_get_one_line(tmp_path, recwarn, content, says):
     assert "\n" not in str(error.value) and str(path) in str(error.value) and not len(recwarn)
 
 
-@pytest.mark.parametrize("kind", ["png", "jpg"])
-def test_half_a_picture(tmp_path, kind):
-    path = tmp_path / f"a.{kind}"
+def test_half_a_picture(tmp_path):
+    path = tmp_path / "a.jpg"
     RGB.save(path)
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
     with pytest.raises(ValueError, match="damaged"):
@@ -136,11 +135,6 @@ def test_which_way_halves_round():
     assert center_crop(row.T, (6, 1))[0, 0] == 2 and center_crop(row, (1, 12)).tolist() == [[0, *range(9), 0, 0]]
     middle = torch.from_numpy(PIXELS[:, 1:58]).permute(2, 0, 1) / 255      # 1.5 -> 1
     assert torch.equal(fit_ti2v(RGB, (40, 57)), (middle - 0.5) / 0.5)
-
-
-def test_first_frames_of_the_siblings():
-    assert fit_i2v(RGB, (64, 80)).shape == fit_ti2v(RGB, (64, 80)).shape == (3, 64, 80)
-    assert fit_i2v(RGB, (64, 80)).max() > 1 >= fit_ti2v(RGB, (64, 80)).max()      # bicubic overshoots, 8-bit Lanczos cannot
 
 
 # ---- video.py
@@ -191,13 +185,6 @@ def test_round_trip(tmp_path):
     assert "yuv420p(tv, bt709" in header
 
 
-def test_same_frames_same_bytes(tmp_path):
-    for name in ("a.mp4", "b.mp4"):
-        with VideoWriter(tmp_path / name, SIZE, FPS) as out:
-            out.write(smooth(20))
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-
-
 @pytest.mark.parametrize("sound, options, P, frames, codec", [
     ("wav", {}, 48, 48, "aac"),                                      # 3.0 s = 48 frames
     ("wav", {}, 45, 45, "aac"),                                      # the sound is cut
@@ -239,7 +226,7 @@ def test_sound_of_a_video_starts_with_its_first_sample(tmp_path):
     assert seen.tolist() == times and len(heard) == 3 and np.abs(heard - seen).max() < 0.002
 
 
-@pytest.mark.parametrize("channels, rate, subtype", [(1, 8000, "PCM_U8"), (8, 192000, "PCM_24"), (16, 48000, "FLOAT")])
+@pytest.mark.parametrize("channels, rate, subtype", [(8, 192000, "PCM_24"), (16, 48000, "FLOAT")])
 def test_unusual_sound(tmp_path, channels, rate, subtype):
     soundfile.write(tmp_path / "in.wav", np.random.RandomState(0).uniform(-0.1, 0.1, (rate, channels)), rate, subtype)
     with VideoWriter(tmp_path / "a.mp4", SIZE, FPS, audio=tmp_path / "in.wav") as out:

@@ -113,7 +113,9 @@ def test_damaged_files_are_used_with_a_warning(tmp_path, capsys):
     whole = load_audio(tmp_path / "a.wav")
     soundfile.write(tmp_path / "a.flac", whole.numpy(), 16000)
     run("-i", tmp_path / "a.wav", "-c:a", "aac", "-movflags", "faststart", tmp_path / "a.m4a")
-    for name, words in (("a.wav", "4.00 s but breaks off after 2.40 s"), ("a.flac", "4.00 s but breaks off"), ("a.m4a", "with errors")):
+    soundfile.write(tmp_path / "a.aiff", whole.numpy(), 16000)
+    for name, words in (("a.wav", "4.00 s but breaks off after 2.40 s"), ("a.aiff", "4.00 s but breaks off after 2.40 s"),
+                        ("a.flac", "4.00 s but breaks off"), ("a.m4a", "with errors")):
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:44 + (len(data) - 44) * 6 // 10])
         got = load_audio(tmp_path / name)
