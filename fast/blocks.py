@@ -64,13 +64,18 @@ def attend(q, k, v, layer=None):
     n = k.shape[1]
     whole = n // KEYS * KEYS if n >= LONG and takes_last_keys_apart(q) else n
     for rows in q.split(QUERIES, dim=1):
-        if whole == n:
-            rows.copy_(attention(rows, k, v).view_as(rows))
-        else:
-            first = (x.transpose(1, 2) for x in (rows, k[:, :whole], v[:, :whole]))
-            y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(*first, None, True)[:2]
-            kernels.attend_last(rows, k, v, y.transpose(1, 2), sums, whole)
+        attend_rows(rows, k, v, whole)                               # a function, so that one part's results are free before the next
     return q.flatten(2)
+
+
+def attend_rows(q, k, v, whole):
+    """The first `whole` keys by the fastest kernel, the others, if there are any, after them. The result takes the place of q."""
+    if whole == k.shape[1]:
+        q.copy_(attention(q, k, v).view_as(q))
+        return
+    first = (x.transpose(1, 2) for x in (q, k[:, :whole], v[:, :whole]))
+    y, sums = torch.ops.aten._scaled_dot_product_cudnn_attention(*first, None, True)[:2]
+    kernels.attend_last(q, k, v, y.transpose(1, 2), sums, whole)
 
 
 def takes_last_keys_apart(q):
@@ -134,7 +139,7 @@ class FastDenoiser:
     def __init__(self, net, chunk=None, attend=attend, compile=False, host_layers=False):
         self.net, self.chunk, self.attend, self.host_layers = net, chunk, attend, host_layers
         run = compiled if compile else lambda function: function
-        self.project, self.finish, self.hear = run(project_into), run(finish_in_place), run(audio_in_place)
+        self.project, self.finish, self.audio = run(project_into), run(finish_in_place), run(audio_in_place)
         for block in offload.all_blocks(net) if compile else ():
             use_forms_for_compiler(block)
 
@@ -167,7 +172,7 @@ class FastDenoiser:
         T, hw = cond.grid[0], cond.grid[1] * cond.grid[2]
         step = max(1, (spans[0].stop - spans[0].start) // hw)        # as many latent frames at a time as the longest span holds
         for f in range(0, T, step):
-            self.hear(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])
+            self.audio(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])
 
     def self_attention(self, block, x, mod, rope, layer, spans, dtype):
         """-> (B, N, C), in the place of the queries; keys and values are free again when it returns"""
