@@ -54,7 +54,7 @@ class Config:
     audio_tokens: int = 4    # audio tokens per latent frame, before the learned pad token
     audio_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)  # blocks with audio attention
     pose_dim: int = 16       # channels of the pose latents
-    motion_frames: int = 73  # pixel frames of motion history; the audio is padded by as many columns in front
+    motion_frames: int = 73  # pixel frames of motion history; the audio is padded by as many audio frames in front
 
     def __post_init__(self):
         object.__setattr__(self, "audio_layers", tuple(self.audio_layers) if self.audio_dim else ())
@@ -76,9 +76,9 @@ class LayerCond(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """So many tokens in a row share diffusion time number `time` (0: the step's t, 1: zero)."""
+    """So many tokens, one behind the other, share a row of the modulation: row 0 belongs to the step's diffusion time t, row 1 to time 0."""
     tokens: int
-    time: int
+    row: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Cond:
     rope: Tensor                         # cos and sin (2, N, 1, D/2) float32
     layers: tuple[LayerCond, ...]        # one per block
     image: Tensor | None = None          # channels beside the noise (B, in_dim - out_dim, T, H, W): I2V
-    video_bias: Tensor | None = None     # added to the video tokens (B, L, C) or (1, 1, C): pose and token kind
+    video_bias: Tensor | None = None     # added to the video tokens (B, L, C) or (1, C): pose and token kind
     context: Tensor | None = None        # tokens behind the video (B, N - L, C): reference, motion
 
 
@@ -111,8 +111,8 @@ def attention(q, k, v, layer=None):
 
 def per_token(values, segments):
     """One row per diffusion time -> the row of each token.  values (..., R, C) -> (..., N, C); one segment: (..., 1, C), which broadcasts"""
-    rows = [values[..., time:time + 1, :] for _, time in segments]
-    return rows[0] if len(rows) == 1 else torch.cat([row.expand(*row.shape[:-2], n, -1) for row, (n, _) in zip(rows, segments)], dim=-2)
+    parts = [values[..., row:row + 1, :].expand(*values.shape[:-2], n, -1) for n, row in segments]  # (..., n, C) each, not copied
+    return parts[0][..., :1, :] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def timestep_embedding(t, dim):
@@ -269,7 +269,8 @@ class AudioInjection(Attention):
 
 class Block(nn.Module):
     """One layer of the transformer. `project`, `finish` and `audio_cross_attention` work on any run of tokens (the last: of whole
-    latent frames), which is what fast/blocks.py needs to run them in pieces; `attend` alone sees all tokens."""
+    latent frames), so that fast/blocks.py can run them in chunks; `attend` alone sees all tokens. Write x = x + y: the norms keep x for
+    the backward pass, and PyTorch refuses to train a network that changes it in place."""
 
     def __init__(self, cfg, audio):
         super().__init__()
@@ -311,7 +312,8 @@ class Block(nn.Module):
 
     def forward(self, x, mod, cond, layer, attend=attention):
         """x (B, N, C) float32, mod (B, R, 6, C) float32 of the diffusion times, cond Cond, layer this block's number -> (B, N, C) float32"""
-        mod, (text, audio, adain), (T, h, w) = per_token(self.modulations(mod), cond.segments), cond.layers[layer], cond.grid
+        (text, audio, adain), (T, h, w) = cond.layers[layer], cond.grid
+        mod = per_token(self.modulations(mod), cond.segments)        # (6, B, N, C)
         q, k, v = self.project(x, mod, cond.rope)                    # (B, N, K, D) each
         x = self.finish(x, attend(q, k, v, layer), mod, text)
         if self.inject is None:
@@ -438,7 +440,7 @@ class Denoiser(nn.Module):
         text = self.text(F.pad(text, (0, 0, 0, cfg.text_len - text.shape[1])))                       # (B, S, C)
         audio_global, audio_local = self.audio_latents(audio) if cfg.audio_dim else (None, None)     # (B, T, 1, C), (B, T, A, C)
         layers = tuple(block.prepare(text, audio_local, audio_global) for block in self.blocks)
-        segments = [Segment(n * h * w, time) for n, time in ((clean_frames, 1), (T - clean_frames, 0)) if n]
+        segments = [Segment(n * h * w, row) for n, row in ((clean_frames, 1), (T - clean_frames, 0)) if n]
         context = bias = None
         if cfg.audio_dim:
             context = self.context_tokens(ref, motion)               # (B, N - L, C)
@@ -450,7 +452,7 @@ class Denoiser(nn.Module):
         return Cond((T, h, w), tuple(segments), rope, layers, image, bias, context)
 
     def modulations(self, t):
-        """t (B,) -> time embedding (B, R, C) and the blocks' modulation (B, R, 6, C), both float32; time 0 is t, time 1 is zero"""
+        """t (B,) -> time embedding (B, R, C) and the blocks' modulation (B, R, 6, C), both float32; row 0 at t, row 1 at time 0"""
         times = torch.stack([t, torch.zeros_like(t)], dim=1)         # (B, R)
         e = self.time(timestep_embedding(times, self.cfg.freq_dim))  # (B, R, C)
         return e, self.time_mod(F.silu(e)).unflatten(2, (6, -1))

@@ -27,7 +27,6 @@ from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
 from media.video import check_output
-from sampling import SOLVERS
 from wan_s2v import Stages, WanS2VPipeline, open_writer, run_dtype
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -102,7 +101,7 @@ def parser():
     g.add_argument("--shift", type=float, help=f"schedule shift towards high noise (default: {own('shift')})")
     g.add_argument("--guidance", type=numbers, help="classifier-free guidance, 1 turns it off; two values LOW,HIGH for the low- and high-noise "
                    f"experts (default: {own('guidance')})")
-    g.add_argument("--solver", help=f"{', '.join(SOLVERS)} (default: unipc)")
+    g.add_argument("--solver", help="unipc, dpm++ or euler (default: unipc)")
     g.add_argument("--seed", type=int, default=42, help="seed of clip 0; clip r uses seed + r (default: 42)")
     g = p.add_argument_group("machine")
     g.add_argument("--ckpt", help="folder in the official or converted layout (default: weights/tiny, trained on drawn faces)")
@@ -115,7 +114,7 @@ def parser():
                    help="cast the large matrices to float8 while loading, or with --no-fp8 back to bfloat16 (default: as the checkpoint has them)")
     g.add_argument("--resident", type=int, metavar="N", help="blocks that stay on the GPU, the others are streamed (default: as many as fit)")
     g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
-                   help="self-attention in 8 bits: faster on GPUs with 8-bit tensor cores, off by 3.5%% of each attention output on "
+                   help="self-attention in 8 bits: faster on GPUs with 8-bit tensor cores, off by 3.6%% of each attention output on "
                         "random inputs (default: off)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, where it saves more "
                    f"than the {COMPILE_SECONDS} s that it takes)")

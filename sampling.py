@@ -30,6 +30,7 @@ Sources   DPM-Solver++ (arXiv 2211.01095) and UniPC (arXiv 2302.04867), both in 
 """
 import gc
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -57,11 +58,19 @@ def denoise(experts, solver, noise, clean=None, progress=iter):
 def guided_velocity(x, t, net, scale, cond, uncond):
     """Classifier-free guidance: from the velocity without the prompt towards, and past, the one with it. uncond None: no guidance."""
     t = torch.full(x.shape[:1], t, device=x.device)                  # (B,)
-    v = net(x, t, cond)
-    if uncond is None:
-        return v
-    u = net(x, t, uncond)
-    return u + scale * (v - u)
+    with network_errors():
+        v = net(x, t, cond)
+        u = None if uncond is None else net(x, t, uncond)
+    return v if u is None else u + scale * (v - u)
+
+
+@contextmanager
+def network_errors():
+    """A ValueError is what this project says about inputs. One from inside a network is a mistake of its code and shows where it arose."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"in the network: {error}") from error
 
 
 def keep_clean_frames(latents, clean):
@@ -99,7 +108,9 @@ class Experts:
         if index not in self.prepared:
             self.end()
             net, scale = self.net(index), expert_guidance(self.guidance, index)
-            self.prepared = {index: (net, scale, net.prepare(**self.positive), net.prepare(**self.negative) if scale > 1 else None)}
+            with network_errors():
+                positive, negative = net.prepare(**self.positive), net.prepare(**self.negative) if scale > 1 else None
+            self.prepared = {index: (net, scale, positive, negative)}
         return self.prepared[index]
 
     def net(self, index):
@@ -160,7 +171,7 @@ class Euler:
     def __init__(self, steps, shift):
         self.sigmas, self.timesteps = schedule(steps, shift, self.start)
         self.levels = self.sigmas.tolist()                            # Python numbers, so that no step waits for the device
-        self.x0_history = []                                               # the last three clean guesses m; step 0 looks at its own only
+        self.x0_history = []                                          # the last three clean guesses m; step 0 looks at its own only
         self.x = None                                                 # latents the next step is made from
 
     def step(self, velocity, i, latents):

@@ -107,7 +107,7 @@ class WanS2VPipeline:
         return cls(open_checkpoint(local_folder(path)), vram, device=device, dtype=run_dtype(torch_dtype, device), **choices)
 
     def plan(self, **options):
-        """Fields of RunConfig -> Plan. Reads the sound and the picture's size, no weights.  raises ValueError for what cannot be used"""
+        """Fields of RunConfig -> Plan. Decodes the sound, reads the picture's size, no weights.  raises ValueError for what cannot be used"""
         return make_plan(RunConfig(**self.choices | options), self.checkpoint, free_memory(self.device, self.vram))
 
     @torch.no_grad()
@@ -128,8 +128,8 @@ class WanS2VPipeline:
         """One video.
 
         audio_path, image_path   files of any common format
-        num_frames               length of the video at 16 fps, at most; default: as long as the sound
-        height, width            a pixel budget: the picture's own shape is kept, scaled down to height * width pixels at most
+        num_frames               of the video; S2V: at most, default as long as the sound; other tasks: the checkpoint's
+        height, width            with a picture a budget of pixels, in the picture's own shape; without one the exact size
         guidance_scale, num_inference_steps    default: the checkpoint's
         generator                a torch.Generator: its seed is used
         enable_cpu_offload       no effect: every network leaves the device when its stage ends
@@ -178,7 +178,7 @@ def generate_s2v(checkpoint, plan, stage, progress):
         picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
         warn_unless_known(vae, picture, o.image, checkpoint.sampling.get("picture_db"))
     shape = (1, vae.config.z_dim, *plan.latent_shape)
-    noise = [partial(draw_noise, shape, o.seed + clip, o.device, o.dtype) for clip in range(plan.clips)]       # bf16 as official L571
+    noise = [partial(draw_noise, shape, o.seed + clip, o.device, o.dtype) for clip in range(plan.clips)]       # on a GPU bf16, as official L571
     pose = [partial(load_pose, o.pose_video, n, size, FPS, first=clip * n) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
     yield from make_clips(inputs, vae, load_experts(checkpoint, plan), o, stage, progress)
@@ -236,9 +236,9 @@ def generate_video(checkpoint, plan, stage, progress):
     with stage("text"):
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     image = clean = None
-    vae = load_vae(checkpoint, plan)
-    if o.image:
-        with stage("picture"):
+    with stage("picture"):
+        vae = load_vae(checkpoint, plan)
+        if o.image:
             fit = fit_i2v if plan.denoiser.in_dim > vae.config.z_dim else fit_ti2v
             picture = fit(load_image(o.image), (plan.height, plan.width)).to(o.device)[None, :, None]
             if fit is fit_i2v:
@@ -247,10 +247,12 @@ def generate_video(checkpoint, plan, stage, progress):
                 clean = vae.encode(picture)
     positive = dict(shape=plan.latent_shape, text=text, image=image, clean_frames=0 if clean is None else 1)
     experts = load_experts(checkpoint, plan).begin(positive, dict(positive, text=negative), o.guidance)
-    with stage("denoise"):
+    noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, o.device, torch.float32)
+    solver = make_solver(o.solver, o.steps, o.shift)
+    with stage("load"):
         vae.to("cpu")                                                # leaves its room to the denoiser
-        noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, o.device, torch.float32)
-        solver = make_solver(o.solver, o.steps, o.shift)
+        experts.at(solver.timesteps[0].item())
+    with stage("denoise"):
         latents = denoise(experts, solver, noise, clean, progress=lambda steps: progress(0, steps))
     with stage("decode"):
         vae.to(o.device)
@@ -288,7 +290,7 @@ def load_experts(checkpoint, plan):
             return net
         from fast import blocks                                      # here: a CPU does without
         from fast.attention8 import attention8
-        blocks.verify(type(net))
+        blocks.verify(type(net), net.cfg)
         return blocks.FastDenoiser(net, m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers)
     return Experts(checkpoint.experts, checkpoint.boundary, load, keep=o.device.type == "cpu")
 
@@ -307,15 +309,15 @@ def decode_frames(vae, pieces, n):
     latents, gpu = sum(piece.shape[2] for piece in pieces), pieces[0].is_cuda
 
     def run():
-        skip, kept, done = 1 + vae.stride[0] * (latents - 1) - n, None, 0
+        skip, video, done = 1 + vae.stride[0] * (latents - 1) - n, None, 0
         for frames in vae.decode_stream(pieces):
             wanted = frames[0, :, skip:].transpose(0, 1).contiguous()                        # (any, 3, height, width)
             skip = max(0, skip - frames.shape[2])
-            kept = torch.empty(n, *wanted.shape[1:], pin_memory=gpu) if kept is None else kept
-            kept[done:done + len(wanted)].copy_(wanted, non_blocking=True)
+            video = torch.empty(n, *wanted.shape[1:], pin_memory=gpu) if video is None else video
+            video[done:done + len(wanted)].copy_(wanted, non_blocking=True)
             done += len(wanted)
         synchronize(pieces[0].device)
-        return kept.transpose(0, 1)[None]
+        return video.transpose(0, 1)[None]
     return vae.with_fp32_fallback(run)
 
 

@@ -1,12 +1,12 @@
-"""What will be made, and how it fits: from the user's choices, a checkpoint's headers and the free memory. Arithmetic alone; it reads the
-headers of sound and picture, loads no weights and touches no device.
+"""What will be made, and how it fits: from the user's choices, a checkpoint's headers and the free memory. Arithmetic alone; it decodes
+the sound, reads the size of the picture, loads no weights and touches no device.
 
 The denoiser's peak is during self-attention, which holds, beside the weights,
     x                                            4 bytes per token and channel
     q, k, v                                      6 bytes; exact attention writes its result over q, 8-bit attention needs 1 byte for v
     what a clip's conditions keep at hand        both guidance branches: RoPE, reference and motion tokens, text keys and values
 or, where many tokens are worked on at once, just before or behind it. If it does not fit: chunk the tokens; keep text keys and values on
-the host; offload blocks. The VAE waits in host memory while the denoiser works; the denoiser stays when the VAE does.
+the host; offload blocks. The VAE waits in host memory while the denoiser works; while the VAE works the denoiser stays on the device.
 """
 import math
 from dataclasses import dataclass, replace
@@ -195,18 +195,18 @@ def make_plan(config, checkpoint, free):
     if kind == "s2v":
         shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
         clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)))
-        first, longest = token_counts(shape)
-        tokens = (first, longest) if clips > 1 and not config.start_from_ref else (longest if config.start_from_ref else first,)
-        fields, longest = fields | dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=tokens), tokens[-1]
+        first, later = token_counts(shape)
+        tokens = (later,) if config.start_from_ref else (first, later) if clips > 1 else (first,)
+        fields |= dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=tokens)
     else:
         shape = 1 + (config.frames - 1) // vae.stride[0], H, W
-        longest = shape[0] * (H // PATCH[1]) * (W // PATCH[2])
-        fields |= dict(fps=checkpoint.sampling["fps"], clips=1, frames=config.frames, sound=None, tokens=(longest,))
+        tokens = (shape[0] * (H // PATCH[1]) * (W // PATCH[2]),)
+        fields |= dict(fps=checkpoint.sampling["fps"], clips=1, frames=config.frames, sound=None, tokens=tokens)
     if config.compile is None:
         forwards = fields["clips"] * config.steps * (2 if max(config.guidance) > 1 else 1)
-        gain = forwards * longest * cfg.n_layer * cfg.dim * COMPILE_GAIN
+        gain = forwards * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
         config = replace(config, compile=config.device.type == "cuda" and gain > COMPILE_SECONDS)
-    return Plan(config, latent_shape=shape, memory=plan_memory(config, checkpoint, shape, longest, free), **fields)
+    return Plan(config, latent_shape=shape, memory=plan_memory(config, checkpoint, shape, tokens[-1], free), **fields)
 
 
 def check_inputs(o, task, kind, stride):
@@ -243,9 +243,9 @@ def frame_size(o, kind, stride):
     return height, width
 
 
-def count_clips(o, columns):
-    """columns: of wav2vec2, 50 a second -> clips, frames of the whole video"""
-    _, clips = audio_frame_indices(int(columns / 50 * 30), FPS, o.clip_frames)
+def count_clips(o, states):
+    """states: of wav2vec2 in time, 50 a second -> clips, frames of the whole video"""
+    _, clips = audio_frame_indices(int(states / 50 * 30), FPS, o.clip_frames)
     clips, dropped = min(o.clips or clips, clips), 0 if o.start_from_ref else WARM_UP
     if o.frames:
         clips = min(clips, -(-(o.frames + dropped) // o.clip_frames))
@@ -340,14 +340,17 @@ def weigh(part, config):
 
 
 def activation_bytes(config, cfg, tokens, memory):
-    """Of one denoiser step at its peak: in self-attention, or while q, k, v of a chunk are made, or in the rest of the block for one chunk."""
-    C, F, chunk, two = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
-    attend = 7 * C * tokens if config.attention8 else 0              # exact attention writes in place, QUERIES at a time: less than `project`
-    project = (6 * two if config.compile else 8 * two + 7) * C * chunk + 3 * two * C * tokens
-    hidden = (3 if config.compile else 11) if memory.fp8 else 2 * two            # bytes per token and channel of the FFN
-    finish = ((3 * two if config.compile else 3 * two + 8) * C + hidden * F) * chunk + two * C * tokens
+    """Of one denoiser step at its peak: in self-attention, or while q, k, v of a chunk are made, or in the rest of the block for one chunk.
+
+    Bytes per token and channel below were counted from the operations and compared with what an H200 reserved.
+    """
+    C, F, chunk, size = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
+    attend = 7 * C * tokens if config.attention8 else 0              # q, k, v and float8 v; exact attention needs less than `project`
+    project = (6 * size if config.compile else 8 * size + 7) * C * chunk + 3 * size * C * tokens
+    hidden = (3 if config.compile else 11) if memory.fp8 else 2 * size           # of the FFN
+    finish = ((3 * size if config.compile else 3 * size + 8) * C + hidden * F) * chunk + size * C * tokens
     keys = 0 if memory.host_layers else 2 * layer_bytes(cfg, config)
-    conditions = 2 * tokens * (4 * C // cfg.n_head + two * C // 8)   # RoPE; reference and motion: an eighth of the tokens
+    conditions = 2 * tokens * (4 * C // cfg.n_head + size * C // 8)  # RoPE; reference and motion: an eighth of the tokens
     return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD
 
 

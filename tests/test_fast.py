@@ -7,8 +7,8 @@ from test_model import TASKS, VARIANTS, small_clip, small_net
 
 from fast import blocks, offload
 from fast.attention8 import attention8
-from fast.blocks import FastDenoiser, FlipRotary, SigmoidGELU, make_spans, use_forms_for_compiler, verify
-from model import Block, Denoiser, Rotary, attention
+from fast.blocks import FastDenoiser, FlipRotary, SigmoidGELU, make_chunks, use_forms_for_compiler, verify
+from model import Block, Config, Denoiser, Rotary, attention
 
 
 def gap(got, want):
@@ -31,13 +31,12 @@ def test_chunks_in_place_give_the_same_bits(task, extra, chunk):
     assert torch.equal(fast(latents, t, fast_cond), fast(latents, t, fast_cond)) and torch.equal(latents, before)
 
 
-def test_spans_cover_every_token_once():
+def test_chunks_cover_every_token_once():
     for segments in (((10, 0),), ((10, 0), (7, 1)), ((3, 1), (10, 0))):
         for chunk in (None, 1, 3, 4, 100):
-            spans = make_spans(segments, chunk)
-            times = [time for start, stop, time in spans for _ in range(start, stop)]
-            assert times == [time for n, time in segments for _ in range(n)]
-            assert [a for a, _, _ in spans] == [0, *(b for _, b, _ in spans)][:-1] and all(b - a <= (chunk or 100) for a, b, _ in spans)
+            chunks = make_chunks(segments, chunk)
+            assert [row for a, b, row in chunks for _ in range(a, b)] == [row for n, row in segments for _ in range(n)]
+            assert [a for a, _, _ in chunks] == [0, *(b for _, b, _ in chunks)][:-1] and all(b - a <= (chunk or 100) for a, b, _ in chunks)
 
 
 def test_attention_in_place_of_the_queries():
@@ -98,6 +97,8 @@ def test_8_bit_attention_is_near_exact_attention():
 
 # ---- a fork's changes
 
+CFG = small_net("s2v").cfg
+
 
 class Doubled(Block):
     """A change of a part that fast/ uses as it is."""
@@ -114,6 +115,35 @@ class Added(Block):
         return x + 0.1 * x.roll(1, dims=-1)
 
 
+class LastLayer(Block):
+    """Another change of that kind, of one layer alone."""
+
+    def forward(self, x, mod, cond, layer, attend=attention):
+        x = super().forward(x, mod, cond, layer, attend)
+        return x + 0.1 * x.roll(1, dims=-1) if layer == 2 else x
+
+
+class OtherActivation(Block):
+    """A change that the forms for the compiler would undo."""
+
+    def __init__(self, cfg, audio):
+        super().__init__(cfg, audio)
+        self.ffn[1] = torch.nn.SiLU()
+
+
+class CleanFrames(Denoiser):
+    """A change that shows only where the first frame is clean."""
+
+    def forward(self, latents, t, cond, attend=attention):
+        return super().forward(latents, t, cond, attend) * (1.1 if cond.segments[0].row else 1)
+
+
+class Scalar(Denoiser):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.unused = torch.nn.Parameter(torch.tensor(1.0))
+
+
 def fork(kind):
     class Fork(Denoiser):
         def __init__(self, cfg):
@@ -124,10 +154,15 @@ def fork(kind):
 
 
 def test_a_fork_is_followed_or_noticed():
-    verify(Denoiser)
-    verify(fork(Doubled))
-    with pytest.raises(ValueError, match="does not compute what model.py computes"):
-        verify(fork(Added))
+    for cfg in (CFG, Config(), small_net("t2v").cfg, small_net("i2v").cfg, small_net("ti2v").cfg):
+        verify(Denoiser, cfg)
+    verify(fork(Doubled), CFG)
+    verify(Scalar, CFG)
+    for kind, cfg in ((fork(Added), CFG), (fork(LastLayer), CFG), (CleanFrames, small_net("ti2v").cfg)):
+        with pytest.raises(ValueError, match="does not compute what model.py computes"):
+            verify(kind, cfg)
+    with pytest.raises(ValueError, match="see use_forms_for_compiler"):
+        verify(fork(OtherActivation), CFG)
 
 
 @pytest.mark.parametrize("part", ["project", "finish", "audio_cross_attention", "modulations"])
@@ -141,7 +176,7 @@ def test_verify_notices_each_part(part, monkeypatch):
         out = whole(self, *args)
         return tuple(x * 1.01 for x in out) if isinstance(out, tuple) else out * 1.01
     monkeypatch.setattr(Block, part, changed)
-    verify(Denoiser)                                                 # both follow
+    verify(Denoiser, CFG)                                                 # both follow
     assert len(runs) > 2
 
 

@@ -110,9 +110,12 @@ STATEMENTS = {               # statements of model.py in the form that stands th
 }
 
 
+REFUSED = [statement for statement in STATEMENTS if STATEMENTS[statement].startswith("x += ")]     # a norm keeps this x for the backward pass
+
+
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_statements_of_a_block_in_place_train_and_sample_alike(statement, tmp_path):
-    """Training (with gradients), sampling (without) and fast/ give the same numbers whichever way a fork writes a statement."""
+    """Training, sampling and fast/ give the same numbers whichever way a fork writes a statement, or PyTorch refuses to train."""
     source = Path(model.__file__).read_text()
     assert source.count(statement) == 1
     (tmp_path / "changed.py").write_text(source.replace(statement, STATEMENTS[statement]))
@@ -127,9 +130,18 @@ def test_statements_of_a_block_in_place_train_and_sample_alike(statement, tmp_pa
     with torch.no_grad():
         sampled = fork(latents, t, fork.prepare(**arguments))
         fast = FastDenoiser(fork, chunk=37)(latents, t, fork.prepare(**arguments))
+    fork.requires_grad_(True)
     trained = fork(latents, t, fork.prepare(**arguments))
     assert torch.equal(sampled, trained.detach()) and torch.equal(sampled, want)
     assert float((fast - want).norm() / want.norm()) < 2e-6
+    if statement in REFUSED:                                         # loudly, by PyTorch: never another network
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            trained.square().mean().backward()
+        return
+    trained.square().mean().backward()
+    net.requires_grad_(True)
+    net(latents, t, net.prepare(**arguments)).square().mean().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(fork.parameters(), net.parameters()) if a.grad is not None)
 
 
 def test_only_attend_mixes_tokens():

@@ -3,7 +3,10 @@
     pytest tests/test_sample.py
 """
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from PIL import Image
 
 import convert_weights as convert
+import model
 import sample
 import wan_s2v
 from fast import blocks
@@ -227,6 +231,16 @@ def test_mistakes_of_the_code_show_themselves(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
 
 
+def test_a_mistake_in_a_block_shows_itself(tmp_path, monkeypatch):
+    """A fork that unpacks three of four: Python's ValueError is no error of the input."""
+    def finish(self, x, y, mod, text):
+        gate1, shift2, scale2 = mod[2:]
+    monkeypatch.setattr(model.Block, "finish", finish)
+    with pytest.raises(RuntimeError, match="in the network: too many values to unpack"):
+        sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), *QUICK])
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_fp8_multiplies_out(tmp_path, capsys):
     """The tiny checkpoint's float8 matrices as bfloat16: the same numbers on a CPU, so the same video, from larger weights."""
     for name, option in (("a", []), ("b", ["--no-fp8"])):
@@ -234,3 +248,15 @@ def test_no_fp8_multiplies_out(tmp_path, capsys):
     sizes = [float(size) for size in re.findall(r"denoiser_high ([\d.]+) MiB", capsys.readouterr().out)]
     assert len(sizes) == 2 and sizes[1] > 1.3 * sizes[0], sizes
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_importing_sample_loads_what_sampling_needs():
+    """And changes nothing: the allocator's setting belongs to the program."""
+    program = ("import os, sys, sample; here = os.getcwd(); "
+               "files = [m.__file__ for m in list(sys.modules.values()) if (getattr(m, '__file__', None) or '').startswith(here + os.sep) "
+               "and 'site-packages' not in m.__file__]; "
+               "print(len(files), sum(open(f).read().count(chr(10)) for f in files), 'PYTORCH_CUDA_ALLOC_CONF' in os.environ)")
+    env = {name: value for name, value in os.environ.items() if name != "PYTORCH_CUDA_ALLOC_CONF"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, capture_output=True, text=True)
+    files, lines, setting = done.stdout.split()
+    assert int(files) <= 14 and int(lines) < 4000 and setting == "False", done.stdout + done.stderr

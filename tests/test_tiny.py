@@ -62,14 +62,14 @@ def test_later_clip_remembers_the_past():
     checkpoint, wav = open_checkpoint(WEIGHTS), load_audio(VOICE)
     plan = WanS2VPipeline(checkpoint).plan(audio=VOICE, image=FACE)
     vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, plan)
-    (text, *_), (columns, _) = encode_text(checkpoint, [""], plan), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
+    (text, *_), (states, _) = encode_text(checkpoint, [""], plan), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
     green, yellow = (faces.apply(faces.held_out_identities(1), background=colour) for colour in ("green", "yellow"))
     past = faces.draw(yellow, torch.zeros(1, 73, 4), faces.articulation(wav, torch.arange(73) / 16)[None])
     with torch.no_grad():
         ref, motion = vae.encode(faces.reference(green, generator)[:, :, None]), vae.encode(past)
         seen = []
         for tokens in (motion, None):
-            arguments = dict(shape=(20, 16, 16), text=text, audio=columns[None], ref=ref, motion=tokens)
+            arguments = dict(shape=(20, 16, 16), text=text, audio=states[None], ref=ref, motion=tokens)
             noise = torch.randn(1, 16, 20, 16, 16, generator=torch.Generator().manual_seed(1))
             latents = denoise(experts.begin(arguments, arguments, (1.0,)), make_solver("unipc", 4, 3.0), noise)
             frame = vae.decode(latents[:, :, -2:])[0, :, -1]             # alone: nothing of the past but what was denoised

@@ -31,7 +31,7 @@ from vae import new_cache
 from wan_s2v import FPS
 
 SAMPLING = dict(size=[128, 128], steps=12, guidance=[1.5, 1.5], negative_prompt="", picture_db=25.0)
-NOTE = "trained on drawn faces: it knows faces as faces.py draws them and nothing else"
+NOTE = "trained on drawn faces: it knows faces as tiny/faces.py draws them and nothing else"
 
 BANDS = 20                   # of the spectrum that wav2vec2 is asked for
 PHASES = (                   # of the VAE: share of the steps, frames, pixels of the crop, videos in a batch relative to o.batch
