@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from formats import checkpoints
 from formats import names
@@ -456,6 +456,20 @@ def test_golden(path, record_property):
     for row in rows:
         record_property("parity", str(row))                          # conftest.py prints them
     assert rows and all(row.ok for row in rows)
+
+
+def test_reference_cases_of_other_parameters_run(tmp_path):
+    """Without guidance there is no negative branch; every clip has its own pose: each of these names is found, whatever its numbers are."""
+    meta = json.loads((GOLDEN / "pipeline_s2v_pose.json").read_text())
+    call, inputs = meta["calls"]["video"], meta["inputs"]
+    call |= dict(guide_scale=1.0, num_repeat=2)
+    inputs["noise_1"] = dict(inputs["noise_0"], seed_string="another")
+    *shape, frames = inputs["audio_emb"]["shape"]
+    inputs["audio_emb"]["shape"] = [*shape, max(frames, 2 * call["infer_frames"])]
+    names = ("ref_latents", "v_cond_first", "v_cond_clip1", "cond_0", "cond_1", "latents_1", "motion_latents_after_0", "video")
+    (tmp_path / "pipeline_s2v_other.json").write_text(json.dumps(meta | dict(case="pipeline_s2v_other")))
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "pipeline_s2v_other.safetensors")
+    assert [row.output for row in run_case(tmp_path / "pipeline_s2v_other.json")] == sorted(names)
 
 
 def test_the_boundary_itself_belongs_to_the_high_noise_expert():
