@@ -323,7 +323,7 @@ class Block(nn.Module):
 
 
 class CausalAudioEncoder(nn.Module):
-    """wav2vec2 states, one column per video frame -> per latent frame a few local audio tokens and one global token; causal, float32."""
+    """wav2vec2 states, one per video frame -> per latent frame a few local audio tokens and one global token; causal, float32."""
 
     def __init__(self, cfg):
         super().__init__()
