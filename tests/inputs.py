@@ -21,12 +21,21 @@ def random_net(cfg, device="cpu"):
 
 
 def clip(net, cfg, T=2, H=8, W=8, device="cpu", motion=True):
-    """-> latents, t, two conditions of which the second has silence and another text.  net: anything with `prepare`"""
+    """-> latents, t, two conditions of which the second has silence and another text.  net: anything with `prepare`
+
+    Of the task that the config says: S2V a later clip, or a first one (motion=False); I2V a picture; TI2V (48 channels) a clean first frame.
+    """
     g = torch.Generator().manual_seed(1)
     def randn(*shape): return torch.randn(1, *shape, generator=g).to(device)
-    past, ref, audio = randn(cfg.out_dim, 19, H, W), randn(cfg.out_dim, 1, H, W), randn(cfg.audio_states, cfg.audio_dim, 4 * T)
-    conds = [net.prepare(shape=(T, H, W), text=randn(n, cfg.text_dim), audio=audio * on, ref=ref, motion=past if motion else None)
-             for n, on in ((5, 1), (9, 0))]
+    given = dict(shape=(T, H, W))
+    if cfg.audio_dim:
+        past, ref, audio = randn(cfg.out_dim, 19, H, W), randn(cfg.out_dim, 1, H, W), randn(cfg.audio_states, cfg.audio_dim, 4 * T)
+        given |= dict(ref=ref, motion=past if motion else None)
+    elif cfg.in_dim > cfg.out_dim:
+        given |= dict(image=randn(cfg.in_dim - cfg.out_dim, T, H, W))
+    elif cfg.out_dim == 48:
+        given |= dict(clean_frames=1)
+    conds = [net.prepare(**given, text=randn(n, cfg.text_dim), **(dict(audio=audio * on) if cfg.audio_dim else {})) for n, on in ((5, 1), (9, 0))]
     return randn(cfg.out_dim, T, H, W), torch.full((1,), 700.0, device=device), conds
 
 

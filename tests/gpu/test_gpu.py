@@ -6,6 +6,7 @@ command line. Numbers are printed even when the test passes; errors are relative
 import gc
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,8 @@ hopper = pytest.mark.skipif(not (THERE and kernels.triton and torch.cuda.get_dev
 D = 128
 BIG = Config(dim=1024, ffn_dim=2816, n_head=8, n_layer=9, text_dim=256, text_len=32, freq_dim=64, audio_dim=64, audio_states=3,
              audio_layers=(0, 2, 5))
+TASKS = {"s2v": BIG, "t2v": replace(BIG, audio_dim=0), "i2v": replace(BIG, audio_dim=0, in_dim=36),
+         "ti2v": replace(BIG, audio_dim=0, in_dim=48, out_dim=48)}
 SHAPE = dict(T=4, H=32, W=48, device="cuda")                         # 1536 video tokens: a number of tokens that is no width
 SAMPLES = Path(__file__).parents[2] / "samples"
 
@@ -137,30 +140,33 @@ def float8_tensors(cfg):
 
 @torch.no_grad()
 @pytest.mark.parametrize("options", [dict(), dict(chunk=1000, host_layers=True), dict(compile=True)], ids=str)
-def test_the_fast_denoiser_is_the_plain_one(options):
+@pytest.mark.parametrize("task", TASKS)
+def test_the_fast_denoiser_is_the_plain_one(task, options):
     """In bfloat16 it is about as near to float32 as model.py's."""
-    tensors = as_entries(bfloat16_state(BIG))
-    exact, plain = random_net(BIG, "cuda"), stream(empty(BIG), tensors, "cuda", as_stored)
-    (latents, t, (cond, _)), (_, _, (rounded, _)) = clip(exact, BIG, **SHAPE), clip(plain, BIG, **SHAPE)
+    cfg = TASKS[task]
+    tensors = as_entries(bfloat16_state(cfg))
+    exact, plain = random_net(cfg, "cuda"), stream(empty(cfg), tensors, "cuda", as_stored)
+    (latents, t, (cond, _)), (_, _, (rounded, _)) = clip(exact, cfg, **SHAPE), clip(plain, cfg, **SHAPE)
     want, off = exact(latents, t, cond), relative_error(plain(latents, t, rounded), exact(latents, t, cond))
     fast = FastDenoiser(plain, **options)                            # compiling changes its GELU and RoPE
-    mine = relative_error(fast(latents, t, clip(fast, BIG, **SHAPE)[2][0]), want)
-    print(f"\n{options}: {mine:.3%} off float32, model.py in bfloat16 {off:.3%}")
+    mine = relative_error(fast(latents, t, clip(fast, cfg, **SHAPE)[2][0]), want)
+    print(f"\n{task} {options}: {mine:.3%} off float32, model.py in bfloat16 {off:.3%}")
     assert mine < 1.2 * off < 0.05
 
 
-@pytest.mark.parametrize("slow", ["neither", "compute", "copy"])
-def test_streamed_is_bit_identical(slow, monkeypatch):
-    tensors = float8_tensors(BIG)
-    whole = FastDenoiser(stream(empty(BIG, tensors), tensors, "cuda", as_stored), chunk=1000)
-    latents, t, conds = clip(whole, BIG, **SHAPE)
+@pytest.mark.parametrize("task, slow", [("s2v", "neither"), ("s2v", "compute"), ("s2v", "copy"), ("t2v", "copy"), ("i2v", "copy"), ("ti2v", "copy")])
+def test_streamed_is_bit_identical(task, slow, monkeypatch):
+    cfg = TASKS[task]
+    tensors = float8_tensors(cfg)
+    whole = FastDenoiser(stream(empty(cfg, tensors), tensors, "cuda", as_stored), chunk=1000)
+    latents, t, conds = clip(whole, cfg, **SHAPE)
     want = [whole(latents, t, cond) for cond in conds]
     read = offload.HostRows.read
     if slow == "copy":                                               # 2 ms, longer than a block
         monkeypatch.setattr(offload.HostRows, "read", lambda self, row, data: torch.cuda._sleep(4_000_000) or read(self, row, data))
     for resident in (0, 1, 4, 7, 8):
-        net = FastDenoiser(stream(empty(BIG, tensors), tensors, "cuda", as_stored, resident), chunk=1000)
-        _, _, here = clip(net, BIG, **SHAPE)
+        net = FastDenoiser(stream(empty(cfg, tensors), tensors, "cuda", as_stored, resident), chunk=1000)
+        _, _, here = clip(net, cfg, **SHAPE)
         if slow == "compute":
             for block in all_blocks(net.net):
                 block.ffn.register_forward_pre_hook(lambda *_: torch.cuda._sleep(4_000_000))
@@ -168,7 +174,7 @@ def test_streamed_is_bit_identical(slow, monkeypatch):
             assert block.modulation.isfinite().all()
         for _ in range(2):
             assert all(torch.equal(a, net(latents, t, cond)) for a, cond in zip(want, here)), f"{resident} resident"
-        here[0] = clip(FastDenoiser(net.net, host_layers=True), BIG, **SHAPE)[2][0]
+        here[0] = clip(FastDenoiser(net.net, host_layers=True), cfg, **SHAPE)[2][0]
         assert isinstance(here[0].layers, HostLayers) and torch.equal(net(latents, t, here[0]), want[0])
         del net, here, block
         scratch = [torch.full((2 ** 24,), 255, dtype=torch.uint8, device="cuda") for _ in range(8)]      # a freed slot must be quiet
