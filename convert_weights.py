@@ -45,16 +45,21 @@ def cast(part, dtype):
 
 def merge(checkpoint, loras, device):
     """The Checkpoint with LoRAs added.  loras ["[high=|low=]FILE[:SCALE]", ...], as on the command line"""
-    changes = {name: [] for name in checkpoint.experts}
+    changes, said = {name: [] for name in checkpoint.experts}, []
     for given in loras:
         expert, path, scale = re.fullmatch(r"(?:(high|low)=)?(.*?)(?::([-+]?[\d.]+(?:[eE][-+]?\d+)?))?", given).groups()
         wanted = [name for name in checkpoint.experts if expert is None or name == f"denoiser_{expert}"]
         if not wanted:
             raise ValueError(f"--lora {given}: {checkpoint.task} has one denoiser: leave out {expert}=")
         config = checkpoint.configs["denoiser"]
-        change = lora.read_lora(path, config, float(scale or 1))
+        change, *words = lora.read_lora(path, config, float(scale or 1))
+        said.append(words)
         for name in wanted:
             changes[name].append(change)
+    for strength, warning in said:
+        print(strength)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     return change_denoisers(checkpoint, lambda name, part: lora.merged(part.tensors, changes[name], device))
 
 
@@ -293,8 +298,8 @@ def arguments(argv):
     parser.add_argument("--report", action="store_true", help="print the errors that float8 brings into each layer, the worst ten; "
                                                               "without DST nothing is written")
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",
-                        help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. A rank-stabilised LoRA whose "
-                             "alpha does not say so needs SCALE = sqrt(rank)")
+                        help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. SCALE multiplies the strength "
+                             "that the file names; what is used is said")
     parser.add_argument("--to", choices=list(WRITERS), default="ours",
                         help="layout of DST; comfy: denoisers and VAE as single files; diffusers: not for S2V (default: ours)")
     args = parser.parse_args(argv)

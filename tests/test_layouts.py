@@ -189,7 +189,7 @@ def test_lora_layouts(prefix, naming, dot, ending, alpha, tmp_path):
             delta = (0.5 * (alpha / 4 if alpha else 1)) * (up.flatten(1) @ down.flatten(1))
             wanted[ours + ".weight"] = (weight + delta.view(weight.shape)).bfloat16()
     save_file(tensors, tmp_path / "lora.safetensors")
-    merged = lora.merged(part.tensors, [lora.read_lora(tmp_path / "lora.safetensors", config, 0.5)])
+    merged = lora.merged(part.tensors, [lora.read_lora(tmp_path / "lora.safetensors", config, 0.5)[0]])
     assert merged.keys() == part.tensors.keys()
     for name, entry in merged.items():
         assert torch.equal(entry.read().to(entry.dtype), wanted.get(name, part.tensors[name].read())), name
@@ -204,7 +204,7 @@ def test_lora_differences(tmp_path):
               "blocks.1.norm3.diff": "blocks.1.cross_norm.weight", "blocks.1.self_attn.norm_q.diff": "blocks.1.self_attn.norm_q.weight"}
     tensors = {f"diffusion_model.{key}": torch.randn(part.tensors[ours].shape, generator=random) for key, ours in theirs.items()}
     save_file(tensors, tmp_path / "diff.safetensors")
-    files = [lora.read_lora(tmp_path / "diff.safetensors", config, scale) for scale in (0.25, 1.0)]
+    files = [lora.read_lora(tmp_path / "diff.safetensors", config, scale)[0] for scale in (0.25, 1.0)]
     sums = {ours: part.tensors[ours].read().float() + 0.25 * tensors[f"diffusion_model.{key}"] + tensors[f"diffusion_model.{key}"]
             for key, ours in theirs.items()}
     for name, entry in lora.merged(part.tensors, files).items():
@@ -215,6 +215,78 @@ def test_lora_differences(tmp_path):
     exact = fp8.dequantize(float8[key].read(), float8[key + "_scale"].read()) + 1.25 * tensors["diffusion_model.blocks.0.ffn.0.diff"]
     assert fp8.relative_error(fp8.dequantize(merged[key].read(), merged[key + "_scale"].read()), exact) < 0.03
     assert merged["blocks.1.ffn.0.weight"] is float8["blocks.1.ffn.0.weight"]
+
+
+DOWN, UP = torch.full((4, 128), 0.1), torch.ones(128, 4)
+METADATA = [   # header, adapter_config.json, tensors besides the pair, strength, a word of what is said
+    ({}, None, {}, 1.0, "no alpha given"),
+    ({"lora_alpha": "16"}, None, {}, 4.0, "alpha 16 / rank 4, from its header"),
+    ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, None, {}, 0.5, "alpha 2 / rank 4"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})}, None, {}, 4.0, "alpha 16 / rank 4"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.use_rslora": True})}, None, {}, 8.0,
+     "alpha 16 / sqrt(rank 4)"),
+    ({}, {"r": 4, "lora_alpha": 16}, {}, 4.0, "from adapter_config.json"),
+    ({}, {"r": 4, "lora_alpha": 16, "use_rslora": True}, {}, 8.0, "sqrt(rank 4)"),
+    ({}, {"r": 4, "lora_alpha": 16, "alpha_pattern": {"self_attn.q": 2}}, {}, 0.5, "alpha 2 / rank 4"),
+    ({}, {"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn.q": 2}}, {}, 4.0, "alpha 16 / rank 4"),
+    ({"lora_alpha": "16"}, {"lora_alpha": 2}, {"alpha": torch.tensor(8.0)}, 2.0, "alpha 8 / rank 4, from its tensors")]
+
+
+@pytest.mark.parametrize("header, beside, more, strength, word", METADATA)
+def test_lora_strength(tmp_path, header, beside, more, strength, word):
+    """The strength that a file names anywhere is the one used, and it is said; a file or a folder as PEFT saves it is given."""
+    config, stem = small("s2v-14B")["denoiser"], "base_model.model.blocks.0.self_attn.q"
+    tensors = {f"{stem}.lora_A.weight": DOWN, f"{stem}.lora_B.weight": UP} | {f"{stem}.{name}": value for name, value in more.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata=header)
+    if beside:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | beside))
+    for scale, path in ((1.0, tmp_path), (0.5, tmp_path / "adapter_model.safetensors")):
+        changes, said, warning = lora.read_lora(path, config, scale)
+        torch.testing.assert_close(changes["blocks.0.self_attn.q.weight"](), scale * strength * UP @ DOWN)
+        assert f"strength {scale * strength:g} (scale {scale:g}" in said and word in said, said
+        assert (warning is None) == (word != "no alpha given")
+
+
+def test_lora_strength_is_said(official, tmp_path, capsys):
+    """The converter says the strength, warns where none is given, and refuses an alpha that is no number."""
+    file = tmp_path / "lora.safetensors"
+    tensors = {"blocks.0.self_attn.q.lora_A.weight": DOWN, "blocks.0.self_attn.q.lora_B.weight": UP}
+    for header, said, warned in (({}, "strength 0.5 ", True), ({"lora_alpha": "16"}, "strength 2 ", False)):
+        save_file(tensors, file, metadata=header)
+        assert convert.main([str(official["s2v-14B"]), "--check", "--lora", f"{file}:0.5"]) == 0
+        out, err = capsys.readouterr()
+        assert said in out and err.startswith("warning: ") == warned and ("names no strength for 1 of 1 layers" in err) == warned
+    save_file(tensors, file, metadata={"lora_alpha": "much"})
+    with pytest.raises(ValueError, match="wanted a number as alpha, got 'much' from its header"):
+        lora.read_lora(file, small("s2v-14B")["denoiser"])
+
+
+def test_live_avatar_lora(tmp_path):
+    """896 tensors of rank 128 without alpha on the released S2V are LiveAvatar's, whose program takes 0.5; with one layer less they are not."""
+    config, file = fake.released("s2v-14B")["denoiser"], tmp_path / "liveavatar.safetensors"
+    layers = [f"blocks.{i}.{name}" for i in range(40) for name in (*(f"{a}_attn.{x}" for a in ("self", "cross") for x in "qkvo"), "ffn.0", "ffn.2")]
+    layers += [f"audio_injector.injector.{i}.{x}" for i in range(12) for x in "qkvo"]
+    wide = {"ffn.0": (5120, 13824), "ffn.2": (13824, 5120)}
+
+    def written(layers):
+        header, offset = {}, 0
+        for layer in layers:
+            n_in, n_out = wide.get(layer.split(".", 2)[2], (5120, 5120))
+            for letter, shape in (("A", (128, n_in)), ("B", (n_out, 128))):
+                end = offset + 2 * shape[0] * shape[1]
+                header[f"{layer}.lora_{letter}.default.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+                offset = end
+        head = json.dumps(header).encode()
+        file.write_bytes(len(head).to_bytes(8, "little") + head)
+        with open(file, "r+b") as out:
+            out.truncate(8 + len(head) + offset)                         # zeros that take no room
+        assert len(header) == 2 * len(layers)
+        return lora.read_lora(file, config)
+
+    changes, said, warning = written(layers)
+    assert len(changes) == 448 and "strength 0.5 " in said and "LiveAvatar" in said and "896" in said and warning is None
+    changes, said, warning = written(layers[1:])
+    assert "strength 1 " in said and "LiveAvatar" not in said and "447 of 447" in warning
 
 
 def test_wrong_lora(tmp_path):
