@@ -43,8 +43,8 @@ def cast(part, dtype):
     return {name: narrow(name, entry) for name, entry in part.tensors.items()} if part.kind in ("denoiser", "text") else part.tensors
 
 
-def merge(checkpoint, loras, device):
-    """The Checkpoint with LoRAs added.  loras ["[high=|low=]FILE[:SCALE]", ...], as on the command line"""
+def merge(checkpoint, loras, device, without_image=False):
+    """The Checkpoint with LoRAs added.  loras ["[high=|low=]FILE[:SCALE]", ...], as on the command line, like without_image"""
     changes, said = {name: [] for name in checkpoint.experts}, []
     for given in loras:
         expert, path, scale = re.fullmatch(r"(?:(high|low)=)?(.*?)(?::([-+]?[\d.]+(?:[eE][-+]?\d+)?))?", given).groups()
@@ -52,7 +52,7 @@ def merge(checkpoint, loras, device):
         if not wanted:
             raise ValueError(f"--lora {given}: {checkpoint.task} has one denoiser: leave out {expert}=")
         config = checkpoint.configs["denoiser"]
-        change, *words = lora.read_lora(path, config, float(scale or 1))
+        change, *words = lora.read_lora(path, config, float(scale or 1), without_image)
         said.append(words)
         for name in wanted:
             changes[name].append(change)
@@ -245,9 +245,9 @@ def new_folder(target, nbytes, fill):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prepare(checkpoint, dtype=None, loras=(), device="cpu"):
+def prepare(checkpoint, dtype=None, loras=(), device="cpu", without_image=False):
     """The Checkpoint with LoRAs merged, then cast."""
-    checkpoint = merge(checkpoint, loras, device) if loras else checkpoint
+    checkpoint = merge(checkpoint, loras, device, without_image) if loras else checkpoint
     if dtype is None:
         return checkpoint
     parts = {name: dataclasses.replace(part, tensors=cast(part, dtype)) for name, part in checkpoint.parts.items()}
@@ -300,6 +300,8 @@ def arguments(argv):
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",
                         help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. SCALE multiplies the strength "
                              "that the file names; what is used is said")
+    parser.add_argument("--without-image-keys", action="store_true",
+                        help="leave out of a Wan2.1-I2V LoRA the keys of its attention to the picture, which Wan2.2 lacks")
     parser.add_argument("--to", choices=list(WRITERS), default="ours",
                         help="layout of DST; comfy: denoisers and VAE as single files; diffusers: not for S2V (default: ours)")
     args = parser.parse_args(argv)
@@ -318,7 +320,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                        # so that half-written folders go then, too
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device)
+        checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device,
+                             args.without_image_keys)
         errors = report(checkpoint, device) if args.report else None
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)

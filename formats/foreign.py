@@ -6,6 +6,7 @@ without one it is 1. Where our layers multiply in float8 the bytes are kept and 
 tensor is multiplied out to bfloat16.
 """
 import pickle
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from fast.fp8 import E4M3
 from formats import names
-from formats.checkpoints import (BOUNDARY, SAMPLING, Checkpoint, Entry, Part, match, may_be_fp8, open_safetensors, parameter_shapes, read_json,
-                                 require)
+from formats.checkpoints import (BOUNDARY, LFS, SAMPLING, Checkpoint, Entry, Part, match, may_be_fp8, open_safetensors, parameter_shapes,
+                                 read_json, require)
 
 WAV2VEC = "wav2vec2-large-xlsr-53-english"
 SCALES = ("scale_weight", "weight_scale")                        # ComfyUI until 2025 and kijai; ComfyUI since, LightX2V, ours
@@ -24,6 +25,16 @@ IGNORED = ("scale_input", "input_scale", "scaled_fp8")           # scales of act
 FORMAT = "comfy_quant"                                           # how ComfyUI stored a layer: JSON in bytes, {"format": ...}
 
 # -------------------------------------------------------------------------------------------------------------- reading files
+
+
+def by_its_first_bytes(path):
+    """What is wrong with a file that cannot be opened as one of tensors, and what to do; None for nothing known."""
+    head = path.open("rb").read(200).lstrip().lower() if path.is_file() else b""
+    if head.startswith(b"gguf"):
+        return f"{path} is a GGUF file, which is not read: take the safetensors or pth file of the same model"
+    if head.startswith(LFS):
+        return f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or download the file"
+    return f"{path} is a web page, not the file: download it again" if head.startswith((b"<!doctype html", b"<html")) else None
 
 
 def open_pickle(path):
@@ -34,8 +45,12 @@ def open_pickle(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole file of tensors alone ({type(error).__name__}): refused, nothing in it was executed; "
+        raise ValueError(by_its_first_bytes(path) or f"{path} is not a whole file of tensors alone ({type(error).__name__}): refused, nothing in it was executed; "
                          f"download it again") from error
+    nested = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
+    if nested:
+        raise ValueError(f"{path} is a training checkpoint, its tensors are nested in {' or '.join(map(repr, nested))}: take one out, with "
+                         f"torch.save(torch.load(FILE, weights_only=True)[{nested[0]!r}], NEW)")
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: wanted a dictionary name -> tensor, got {type(tensors).__name__} with other values in it")
     return {name: Entry(path, tuple(t.shape), t.dtype, partial(Tensor.detach, t)) for name, t in tensors.items()}
@@ -136,7 +151,7 @@ def open_singles(paths):
             raise ValueError(f"wanted a file with one component, got {path}, which is {'a folder' if path.is_dir() else 'not there'}")
         entries = {names.without_prefix(name): entry for name, entry in open_tensors([path]).items()}
         kind = names.layout(entries)[0]
-        if any("lora" in name for name in entries):
+        if any(re.search("lora_|dora_|hada_|lokr_", name) for name in entries):
             raise ValueError(f"{path} is a LoRA: give it with --lora")
         if kind is None:
             raise ValueError(f"{path} holds an unknown model: wanted a denoiser, a VAE, umT5 or wav2vec2")

@@ -32,6 +32,10 @@ PREFIXES = re.compile(r"(?:diffusion_model\.|transformer\.|base_model\.model\.|l
 ENDINGS = {"lora_down.weight": "down", "lora_up.weight": "up", "lora_A.weight": "down", "lora_B.weight": "up",
            "lora_A.default.weight": "down", "lora_B.default.weight": "up", "alpha": "alpha",
            "diff": "weight", "diff_b": "bias", "diff_m": "modulation"}       # how a key ends: what the tensor then is
+KINDS = {   # what else is shared as a LoRA: how its keys end
+    "DoRA": r"dora_scale|lora_magnitude_vector", "LoHa": r"hada_(w|t)\d", "LoKr": r"lokr_(w|t)\d", "OFT": r"oft_(blocks|diag|r\b)",
+    "LoCon with a third matrix": r"lora_mid", "GLoRA": r"\.[ab][12]\.weight$"}
+IMAGE_ONLY = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")   # Wan2.1-I2V's attention to the picture
 
 
 @cache
@@ -67,17 +71,32 @@ def find(key, config):
     return name, role
 
 
-def read_lora(path, config, scale=1.0):
+def plain_lora(path, keys, without_image):
+    """The keys of a file that are to be merged.  ValueError for another method than LoRA, or a LoRA of Wan2.1-I2V unless without_image"""
+    for kind, ending in KINDS.items():
+        if found := [key for key in keys if re.search(ending, key, re.IGNORECASE)]:
+            raise ValueError(f"{path} is a {kind}, not a plain LoRA ({found[0]}), which cannot be merged here: merge it with the program that "
+                             f"made it, or take a LoRA")
+    image = [key for key in keys if IMAGE_ONLY.search(key)]
+    if image and not without_image:
+        raise ValueError(f"{path} is a LoRA of Wan2.1-I2V: {len(image)} of its keys ({image[0]}, ...) belong to an attention to the picture that "
+                         f"Wan2.2 lacks; --without-image-keys merges the others")
+    return [key for key in keys if key not in image]
+
+
+def read_lora(path, config, scale=1.0, without_image=False):
     """One file, or the folder of a PEFT or diffusers LoRA -> what it changes, and its strength in words.
 
+    without_image  leave out the keys of Wan2.1-I2V that only read the picture
     returns  {our parameter: function () -> what the LoRA of strength `scale` adds to it, float32}, read when called; a line that says the
              strength used; a warning if the file names none, else None
     raises   ValueError naming the first key that fits nowhere and how many more there are, or a pair that is not whole
     """
     path, found, changes, problems = lora_file(Path(path)), {}, {}, []    # found {our parameter: {role: Entry}}
     entries, layers = open_safetensors(path), {}                          # layers {our parameter: what the file calls the layer}
-    for key, entry in entries.items():
+    for key in plain_lora(path, entries, without_image):
         try:
+            entry = entries[key]
             name, role = find(key, config)
             if found.setdefault(name, {}).setdefault(role, entry) is not entry:
                 raise ValueError(f"and another key both lead to {name}")

@@ -300,9 +300,12 @@ def test_wrong_lora(tmp_path):
         assert all(part in str(error.value) for part in (str(file), *parts)), error.value
 
     z = torch.zeros(4, 128)
-    refused({"blocks.0.cross_attn.k_img.lora_down.weight": z, "blocks.99.ffn.0.lora_up.weight": z, "vace.diff": z},
-            "blocks.0.cross_attn.k_img.lora_down.weight belongs to no parameter", "(and 2 more)")
-    refused({"blocks.0.self_attn.q.dora_scale": z}, "blocks.0.self_attn.q.dora_scale belongs to no parameter")
+    refused({"blocks.0.norm9.lora_down.weight": z, "blocks.99.ffn.0.lora_up.weight": z, "vace.diff": z},
+            "blocks.0.norm9.lora_down.weight belongs to no parameter", "(and 2 more)")
+    for kind, *endings in (("DoRA", "dora_scale", "lora_magnitude_vector.weight"), ("LoHa", "hada_w1_a"), ("LoKr", "lokr_w1", "lokr_w2_b"),
+                           ("LoCon", "lora_mid.weight")):
+        for ending in endings:
+            refused({f"blocks.0.self_attn.q.{ending}": z}, f"is a {kind}", "take a LoRA", f"q.{ending}")
     refused({"blocks.0.self_attn.q.lora_up.weight": None}, "blocks.0.self_attn.q.weight", "wanted down and up", "got down")
     refused({"blocks.0.self_attn.q.lora_up.weight": torch.zeros(128, 8)}, "(128, 8)", "does not make (128, 128)")
     refused({"blocks.0.self_attn.q.lora_A.weight": z}, "and another key both lead to blocks.0.self_attn.q.weight")
@@ -313,6 +316,27 @@ def test_wrong_lora(tmp_path):
     save_file({}, file)
     with pytest.raises(ValueError, match="no tensors"):
         lora.read_lora(file, config)
+
+
+def test_lora_of_wan21_i2v(official, tmp_path, capsys):
+    """It is refused by its name; the option leaves out what reads the picture, in both spellings, and nothing else."""
+    file, target = tmp_path / "i2v21.safetensors", tmp_path / "ours"
+    stem = "diffusion_model.blocks.0."
+    tensors = {f"{stem}{layer}.lora_{letter}.weight": x for layer in ("self_attn.q", "cross_attn.k_img", "cross_attn.v_img")
+               for letter, x in (("A", DOWN.clone()), ("B", UP.clone()))} | {"diffusion_model.img_emb.proj.0.diff": torch.zeros(9),
+                                                                            f"{stem}cross_attn.norm_k_img.diff": torch.zeros(128)}
+    save_file(tensors, file)
+    arguments = [str(official["s2v-14B"]), str(target), "--lora", str(file)]
+    assert convert.main(arguments) == 2 and not target.exists()
+    message = capsys.readouterr().err
+    assert "is a LoRA of Wan2.1-I2V: 6 of its keys" in message and "--without-image-keys" in message and message.count("\n") == 1
+    assert convert.main([*arguments, "--without-image-keys"]) == 0
+    straight, ours = (checkpoints.open_checkpoint(folder).parts["denoiser"].tensors for folder in (official["s2v-14B"], target))
+    changed = [name for name in straight if not torch.equal(straight[name].read(), ours[name].read())]
+    assert changed == ["blocks.0.self_attn.q.weight"]
+    save_file(tensors | {"vace.diff": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match="vace.diff belongs to no parameter"):
+        lora.read_lora(file, small("s2v-14B")["denoiser"], without_image=True)
 
 
 def test_lora_command(official, tmp_path, capsys):
