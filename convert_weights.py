@@ -170,13 +170,14 @@ def diffusers_pipeline(task, boundary, shift):
     denoiser = ["diffusers", "WanTransformer3DModel"]
     index = {"_class_name": "WanImageToVideoPipeline" if task == "i2v-A14B" else "WanPipeline", "boundary_ratio": boundary,
              "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-             "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": denoiser,
+             "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": denoiser,
              "transformer_2": [None, None] if boundary is None else denoiser, "vae": ["diffusers", "AutoencoderKLWan"]}
     index |= {"expand_timesteps": True} if task == "ti2v-5B" else {}
     return {"model_index.json": index,
             "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
                                                 "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift},
-            "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5TokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
+            # not the class of T5, which makes its own tokenizer out of the words alone and loses the bytes of rare letters
+            "tokenizer/tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
                                                 "unk_token": "<unk>", "model_max_length": 512}}
 
 
@@ -200,7 +201,16 @@ def write_diffusers(checkpoint, folder):
     compare(open_checkpoint(folder), checkpoint)
 
 
-COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # scales per row are to be multiplied out
+COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # activations stay as they are: float8 ones are 2.6% off
+
+
+def one_scale(weight, scale):
+    """A float8 Entry and the Entry of its scales per row -> the same with one scale for the whole matrix, a single number as ComfyUI has it."""
+    def read():
+        rows, x = scale.read(), weight.read()
+        return (x, rows) if bool((rows == rows[0]).all()) else fp8.quantize_whole(fp8.dequantize(x, rows))
+    return (dataclasses.replace(weight, read=lambda: read()[0]),
+            dataclasses.replace(scale, shape=(), read=lambda: read()[1][0, 0].clone()))
 
 
 def write_comfy(checkpoint, folder):
@@ -210,8 +220,9 @@ def write_comfy(checkpoint, folder):
         if part.kind in ("denoiser", "vae"):
             tensors = renamed(part, names.official_rules(part.kind, part.config))
             for key in [key for key in tensors if key.endswith(".weight_scale")]:
-                form = torch.tensor(list(COMFY_FP8), dtype=torch.uint8)
-                tensors[f"{key.removesuffix('weight_scale')}{FORMAT}"] = Entry(Path(name), tuple(form.shape), form.dtype, partial(torch.clone, form))
+                form, weight = torch.tensor(list(COMFY_FP8), dtype=torch.uint8), key.removesuffix("_scale")
+                tensors[weight], tensors[key] = one_scale(tensors[weight], tensors[key])
+                tensors[f"{weight.removesuffix('weight')}{FORMAT}"] = Entry(Path(name), tuple(form.shape), form.dtype, partial(torch.clone, form))
             files[Path("vae" if part.kind == "vae" else "diffusion_models") / f"{name}.safetensors"] = tensors
     write_parts(folder, files)
     compare(open_checkpoint(checkpoint.folder, [folder / path for path in files]), checkpoint)
@@ -261,7 +272,8 @@ def save(checkpoint, target, layout="ours", quantize=False, device="cpu"):
     raises  ValueError for anything wrong with source or target; nothing is left behind then
     """
     if quantize:
-        checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.quantized(part.tensors, device))
+        cast_weight = fp8.quantize_whole if layout == "comfy" else fp8.quantize_weight
+        checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.quantized(part.tensors, device, quantize=cast_weight))
     nbytes = sum(part.nbytes for part in checkpoint.parts.values()) + checkpoint.tokenizer.stat().st_size
     new_folder(target, nbytes, partial(WRITERS[layout], checkpoint))
 
@@ -294,7 +306,7 @@ def arguments(argv):
     parser.add_argument("--check", action="store_true", help="print what SRC [FILE ...] hold and write nothing")
     parser.add_argument("--dtype", choices=["keep", "bf16"], default="keep",
                         help="of the denoiser's and the text encoder's linear layers; bf16 halves float32 files (default: keep)")
-    parser.add_argument("--fp8", action="store_true", help="store the denoiser's large matrices in float8, with one scale per row")
+    parser.add_argument("--fp8", action="store_true", help="store the denoiser's large matrices in float8, with one scale per row (--to comfy: per matrix)")
     parser.add_argument("--report", action="store_true", help="print the errors that float8 brings into each layer, the worst ten; "
                                                               "without DST nothing is written")
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",

@@ -68,11 +68,24 @@ def open_tensors(paths):
 
 
 def shards(folder, stem):
-    """The files that hold one component's tensors: those its index names, or the single one.  -> list of paths"""
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return [folder / f"{stem}.safetensors"]
-    return sorted({folder / Path(file).name for file in read_json(index).get("weight_map", {}).values()})
+    """The files that hold one component's tensors: those its index names, or the single one; without any, the name of the one wanted.
+
+    Safetensors come before .bin, plain names before a variant such as STEM.fp16.safetensors.
+    raises  ValueError for several variants of which none is plain
+    """
+    for start, ending in ((stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")):
+        name = re.compile(rf"{start}(?:\.(\w+))?\.{ending}|{start}\.{ending}\.index(?:\.(\w+))?\.json")
+        found = {}                                                   # {variant: path}, an index before a single file
+        for path in sorted(folder.glob(f"{start}.*"), key=lambda path: path.suffix == ".json"):
+            if match := name.fullmatch(path.name):
+                found[match[1] or match[2] or ""] = path
+        if len(found) > 1 and "" not in found:
+            raise ValueError(f"{folder} holds several variants of {start}: {', '.join(sorted(found))}: keep the files of one")
+        if found:
+            path = found.get("") or next(iter(found.values()))
+            weights = read_json(path).get("weight_map", {}).values() if path.suffix == ".json" else [path.name]
+            return sorted({folder / Path(file).name for file in weights})
+    return [folder / f"{stem}.safetensors"]
 
 
 # -------------------------------------------------------------------------------------------------------- names and float8 scales

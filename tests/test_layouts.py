@@ -369,16 +369,82 @@ def test_to_diffusers(official, tmp_path, task):
     assert all((back / path.name).read_bytes() == path.read_bytes() for path in ours.iterdir())
 
 
-@pytest.mark.parametrize("task, options", [("s2v-14B", ["--fp8"]), ("t2v-A14B", [])])
-def test_to_comfy(official, tmp_path, task, options):
-    """Ours -> single files -> ours: the same bytes, float8 with its row scales too."""
+@pytest.mark.parametrize("task", ["s2v-14B", "t2v-A14B"])
+def test_to_comfy(official, tmp_path, task):
+    """Ours -> single files -> ours: the same bytes."""
     ours, there, back = (tmp_path / name for name in ("ours", "there", "back"))
-    assert convert.main([str(official[task]), str(ours), *options]) == 0
+    convert.convert(official[task], ours)
     assert convert.main([str(ours), str(there), "--to", "comfy"]) == 0
     files = sorted((there / "diffusion_models").iterdir()) + [there / "vae" / "vae.safetensors"]
     assert "patch_embedding.weight" in load_file(files[0]) and len(files) == (3 if "A14B" in task else 2)
     assert convert.main([str(ours), *map(str, files), str(back)]) == 0
     assert all((back / path.name).read_bytes() == path.read_bytes() for path in ours.iterdir())
+
+
+@pytest.mark.parametrize("first", [[], ["--fp8"]], ids=["from bf16", "from float8 rows"])
+def test_to_comfy_in_float8(official, tmp_path, first):
+    """One scale per matrix, a single number, whatever it is made from; the file is read back as the product that ComfyUI computes."""
+    ours, there = tmp_path / "ours", tmp_path / "there"
+    assert convert.main([str(official["s2v-14B"]), str(ours), *first]) == 0
+    assert convert.main([str(ours), str(there), "--to", "comfy", *([] if first else ["--fp8"])]) == 0
+    file, straight = there / "diffusion_models" / "denoiser.safetensors", checkpoints.open_checkpoint(official["s2v-14B"]).parts["denoiser"].tensors
+    theirs, again = load_file(file), fp8.multiplied_out(checkpoints.open_checkpoint(ours, [file]).parts["denoiser"].tensors)
+    float8 = [name for name, tensor in theirs.items() if tensor.dtype == fp8.E4M3]
+    assert len(float8) == 46 and "blocks.3.ffn.2.weight" in float8
+    for name in float8:
+        scale, key = theirs[name + "_scale"], names.rename(name, names.official_rules("denoiser", small("s2v-14B")["denoiser"]))
+        assert scale.shape == () and scale.dtype == torch.float32 and json.loads(bytes(theirs[name.removesuffix("weight") + "comfy_quant"].tolist()))
+        product = theirs[name].float() * scale
+        assert fp8.relative_error(again[key].read(), product) < 3e-6
+        assert fp8.relative_error(product, straight[key].read()) < (0.04 if first else 0.03)
+
+
+def as_variant(folder, stem, variant):
+    """Rename the plain safetensors file of a component."""
+    (folder / f"{stem}.safetensors").rename(folder / f"{stem}.{variant}.safetensors")
+
+
+def as_shards(folder, stem, ending, write):
+    """Split a component into two shards with an index, as variants bf16 or .bin files are published."""
+    tensors = load_file(folder / f"{stem}.safetensors")
+    (folder / f"{stem}.safetensors").unlink()
+    halves = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
+    start = stem.replace("model", "pytorch_model") if ending == "bin" and stem == "model" else stem
+    index = f"{start}.safetensors.index.bf16.json" if ending == "safetensors" else f"{start}.bin.index.json"
+    files = [f"{start}{'.bf16' * (ending == 'safetensors')}-0000{i}-of-00002.{ending}" for i in (1, 2)]
+    for file, half in zip(files, halves):
+        write(half, folder / file)
+    (folder / index).write_text(json.dumps({"weight_map": {name: file for file, half in zip(files, halves) for name in half}}))
+
+
+def test_diffusers_variants_and_bin(official, tmp_path):
+    """Variants and .bin files, single and in shards, hold the same weights; of two variants one must be chosen; plain files come first."""
+    folder = tmp_path / "there"
+    assert convert.main([str(official["ti2v-5B"]), str(folder), "--to", "diffusers"]) == 0
+    straight = checkpoints.open_checkpoint(folder)
+    as_shards(folder / "transformer", "diffusion_pytorch_model", "safetensors", save_file)
+    as_variant(folder / "vae", "diffusion_pytorch_model", "fp16")
+    as_shards(folder / "text_encoder", "model", "bin", torch.save)
+    for again in ("variants", "bin"):
+        opened = checkpoints.open_checkpoint(folder)
+        for name in straight.parts:
+            same(bits(opened.load(name)), bits(checkpoints.open_checkpoint(official["ti2v-5B"]).load(name)))
+        if again == "variants":
+            file = folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+            torch.save(load_file(file), file.with_name("diffusion_pytorch_model.bin"))
+            whole = file.read_bytes()
+            file.unlink()
+    for variant in ("fp16", "bf16"):
+        (folder / "vae" / f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(whole)
+    refusal(folder, folder / "vae", "several variants of diffusion_pytorch_model: bf16, fp16", "keep the files of one")
+
+
+def test_tokenizer_class(official, tmp_path):
+    """The tokenizer of a written diffusers folder is read as tokenizer.json has it, bytes of rare letters included."""
+    assert convert.main([str(official["ti2v-5B"]), str(tmp_path / "there"), "--to", "diffusers"]) == 0
+    read = lambda name: json.loads((tmp_path / "there" / name).read_text())
+    assert read("model_index.json")["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    assert read("tokenizer/tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_no_such_layout(official, tmp_path, capsys):
