@@ -306,7 +306,8 @@ def arguments(argv):
     parser.add_argument("--check", action="store_true", help="print what SRC [FILE ...] hold and write nothing")
     parser.add_argument("--dtype", choices=["keep", "bf16"], default="keep",
                         help="of the denoiser's and the text encoder's linear layers; bf16 halves float32 files (default: keep)")
-    parser.add_argument("--fp8", action="store_true", help="store the denoiser's large matrices in float8, with one scale per row (--to comfy: per matrix)")
+    parser.add_argument("--fp8", action="store_true",
+                        help="store the denoiser's large matrices in float8, with one scale per row (--to comfy: per matrix)")
     parser.add_argument("--report", action="store_true", help="print the errors that float8 brings into each layer, the worst ten; "
                                                               "without DST nothing is written")
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",

@@ -276,10 +276,12 @@ def open_checkpoint(folder, files=()):
     """A checkpoint folder in our, the official or the diffusers layout -> Checkpoint, checked by its headers.
 
     files   single files that take the place of components of the folder, which may then lack them; their keys tell which. Of two
-            denoisers the high-noise expert comes first
+            denoisers the high-noise expert comes first. A GGUF file as `folder` is one of these in its own folder
     raises  ValueError naming what is missing, what does not fit and in which file
     """
     folder, singles = Path(folder), {}
+    if folder.suffix == ".gguf" and folder.is_file():
+        folder, files = folder.parent, [folder, *files]
     if not folder.is_dir():
         what = "a file: give the folder of the other components first" if folder.exists() else "not there"
         raise ValueError(f"wanted a checkpoint folder, got {folder}, which is {what}")

@@ -227,7 +227,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 3
 GGUF = b"GGUF" + (3).to_bytes(4, "little") + bytes(4096)
 
 
-@pytest.mark.parametrize("content, parts", [(POINTER, ["is a Git LFS pointer", "git lfs pull"]), (GGUF, ["is a GGUF file", "safetensors"]),
+@pytest.mark.parametrize("content, parts", [(POINTER, ["is a Git LFS pointer", "git lfs pull"]), (GGUF, ["is a GGUF file"]),
                                             (b"<!DOCTYPE html>\n" * 20, ["is a web page"])], ids=["lfs", "gguf", "html"])
 def test_files_of_another_kind(official, tmp_path, content, parts):
     """What is no file of tensors is named, whatever its ending, alone and in a folder, with what to do."""
