@@ -94,7 +94,8 @@ def read_lora(path, config, scale=1.0, without_image=False):
     """
     path, found, changes, problems = lora_file(Path(path)), {}, {}, []    # found {our parameter: {role: Entry}}
     entries, layers = open_safetensors(path), {}                          # layers {our parameter: what the file calls the layer}
-    for key in plain_lora(path, entries, without_image):
+    wanted = plain_lora(path, entries, without_image)
+    for key in wanted:
         try:
             entry = entries[key]
             name, role = find(key, config)
@@ -114,7 +115,9 @@ def read_lora(path, config, scale=1.0, without_image=False):
     if problems or not changes:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{path}: {problems[0] if problems else 'wanted a LoRA, got no tensors'}{more}")
-    return changes, *in_words(path, scale, source.values())
+    line, warning = in_words(path, scale, source.values())
+    left_out = len(entries) - len(wanted)
+    return changes, line + (f", {left_out} keys of the attention to the picture left out" if left_out else ""), warning
 
 
 def lora_file(path):
@@ -164,7 +167,7 @@ def header_fields(path):
         except ValueError:
             continue
         if isinstance(inner, dict):
-            inner = {name.rpartition(".")[2]: each for name, each in inner.items()}
+            inner = {name.rpartition(".")[2]: inner[name] for name in sorted(inner, key=lambda name: name.startswith("transformer."))}
             fields = {name: inner[name] for name in PEFT_FIELDS if name in inner} | fields
     beside, files = path.with_name("adapter_config.json"), list(path.parent.glob("*.safetensors"))
     if not fields.keys() & {*ALPHA_FIELDS} and beside.is_file() and (path.name.startswith("adapter_model") or len(files) == 1):
@@ -185,7 +188,6 @@ class Strengths:
     """Where a file keeps the strength of its layers: in tensors, in its header, in adapter_config.json, or nowhere."""
 
     def __init__(self, path, found, config):
-        self.path = path
         self.fields, self.place = header_fields(path)
         self.alpha = next((self.fields[name] for name in ALPHA_FIELDS if self.fields.get(name) not in (None, "None", "")), None)
         patterns = self.fields.get("alpha_pattern")

@@ -225,6 +225,7 @@ METADATA = [   # header, adapter_config.json, tensors besides the pair, strength
     ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})}, None, {}, 4.0, "alpha 16 / rank 4"),
     ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.use_rslora": True})}, None, {}, 8.0,
      "alpha 16 / sqrt(rank 4)"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16, "text_encoder.lora_alpha": 2})}, None, {}, 4.0, "alpha 16 / rank 4"),
     ({}, {"r": 4, "lora_alpha": 16}, {}, 4.0, "from adapter_config.json"),
     ({}, {"r": 4, "lora_alpha": 16, "use_rslora": True}, {}, 8.0, "sqrt(rank 4)"),
     ({}, {"r": 4, "lora_alpha": 16, "alpha_pattern": {"self_attn.q": 2}}, {}, 0.5, "alpha 2 / rank 4"),
@@ -331,6 +332,7 @@ def test_lora_of_wan21_i2v(official, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "is a LoRA of Wan2.1-I2V: 6 of its keys" in message and "--without-image-keys" in message and message.count("\n") == 1
     assert convert.main([*arguments, "--without-image-keys"]) == 0
+    assert "6 keys of the attention to the picture left out" in capsys.readouterr().out
     straight, ours = (checkpoints.open_checkpoint(folder).parts["denoiser"].tensors for folder in (official["s2v-14B"], target))
     changed = [name for name in straight if not torch.equal(straight[name].read(), ours[name].read())]
     assert changed == ["blocks.0.self_attn.q.weight"]
