@@ -43,18 +43,23 @@ def cast(part, dtype):
     return {name: narrow(name, entry) for name, entry in part.tensors.items()} if part.kind in ("denoiser", "text") else part.tensors
 
 
-def merge(checkpoint, loras, device):
-    """The Checkpoint with LoRAs added.  loras ["[high=|low=]FILE[:SCALE]", ...], as on the command line"""
-    changes = {name: [] for name in checkpoint.experts}
+def merge(checkpoint, loras, device, without_image=False):
+    """The Checkpoint with LoRAs added.  loras ["[high=|low=]FILE[:SCALE]", ...], as on the command line, like without_image"""
+    changes, said = {name: [] for name in checkpoint.experts}, []
     for given in loras:
         expert, path, scale = re.fullmatch(r"(?:(high|low)=)?(.*?)(?::([-+]?[\d.]+(?:[eE][-+]?\d+)?))?", given).groups()
         wanted = [name for name in checkpoint.experts if expert is None or name == f"denoiser_{expert}"]
         if not wanted:
             raise ValueError(f"--lora {given}: {checkpoint.task} has one denoiser: leave out {expert}=")
         config = checkpoint.configs["denoiser"]
-        change = lora.read_lora(path, config, float(scale or 1))
+        change, *words = lora.read_lora(path, config, float(scale or 1), without_image)
+        said.append(words)
         for name in wanted:
             changes[name].append(change)
+    for strength, warning in said:
+        print(strength)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     return change_denoisers(checkpoint, lambda name, part: lora.merged(part.tensors, changes[name], device))
 
 
@@ -165,13 +170,14 @@ def diffusers_pipeline(task, boundary, shift):
     denoiser = ["diffusers", "WanTransformer3DModel"]
     index = {"_class_name": "WanImageToVideoPipeline" if task == "i2v-A14B" else "WanPipeline", "boundary_ratio": boundary,
              "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-             "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": denoiser,
+             "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": denoiser,
              "transformer_2": [None, None] if boundary is None else denoiser, "vae": ["diffusers", "AutoencoderKLWan"]}
     index |= {"expand_timesteps": True} if task == "ti2v-5B" else {}
     return {"model_index.json": index,
             "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "solver_order": 2,
                                                 "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift},
-            "tokenizer/tokenizer_config.json": {"tokenizer_class": "T5TokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
+            # not the class of T5, which makes its own tokenizer out of the words alone and loses the bytes of rare letters
+            "tokenizer/tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>",
                                                 "unk_token": "<unk>", "model_max_length": 512}}
 
 
@@ -195,7 +201,16 @@ def write_diffusers(checkpoint, folder):
     compare(open_checkpoint(folder), checkpoint)
 
 
-COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # scales per row are to be multiplied out
+COMFY_FP8 = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'   # activations stay as they are: float8 ones are 2.6% off
+
+
+def one_scale(weight, scale):
+    """A float8 Entry and the Entry of its scales per row -> the same with one scale for the whole matrix, a single number as ComfyUI has it."""
+    def read():
+        rows, x = scale.read(), weight.read()
+        return (x, rows) if bool((rows == rows[0]).all()) else fp8.quantize_whole(fp8.dequantize(x, rows))
+    return (dataclasses.replace(weight, read=lambda: read()[0]),
+            dataclasses.replace(scale, shape=(), read=lambda: read()[1][0, 0].clone()))
 
 
 def write_comfy(checkpoint, folder):
@@ -205,8 +220,9 @@ def write_comfy(checkpoint, folder):
         if part.kind in ("denoiser", "vae"):
             tensors = renamed(part, names.official_rules(part.kind, part.config))
             for key in [key for key in tensors if key.endswith(".weight_scale")]:
-                form = torch.tensor(list(COMFY_FP8), dtype=torch.uint8)
-                tensors[f"{key.removesuffix('weight_scale')}{FORMAT}"] = Entry(Path(name), tuple(form.shape), form.dtype, partial(torch.clone, form))
+                form, weight = torch.tensor(list(COMFY_FP8), dtype=torch.uint8), key.removesuffix("_scale")
+                tensors[weight], tensors[key] = one_scale(tensors[weight], tensors[key])
+                tensors[f"{weight.removesuffix('weight')}{FORMAT}"] = Entry(Path(name), tuple(form.shape), form.dtype, partial(torch.clone, form))
             files[Path("vae" if part.kind == "vae" else "diffusion_models") / f"{name}.safetensors"] = tensors
     write_parts(folder, files)
     compare(open_checkpoint(checkpoint.folder, [folder / path for path in files]), checkpoint)
@@ -240,9 +256,9 @@ def new_folder(target, nbytes, fill):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prepare(checkpoint, dtype=None, loras=(), device="cpu"):
+def prepare(checkpoint, dtype=None, loras=(), device="cpu", without_image=False):
     """The Checkpoint with LoRAs merged, then cast."""
-    checkpoint = merge(checkpoint, loras, device) if loras else checkpoint
+    checkpoint = merge(checkpoint, loras, device, without_image) if loras else checkpoint
     if dtype is None:
         return checkpoint
     parts = {name: dataclasses.replace(part, tensors=cast(part, dtype)) for name, part in checkpoint.parts.items()}
@@ -256,7 +272,8 @@ def save(checkpoint, target, layout="ours", quantize=False, device="cpu"):
     raises  ValueError for anything wrong with source or target; nothing is left behind then
     """
     if quantize:
-        checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.quantized(part.tensors, device))
+        cast_weight = fp8.quantize_whole if layout == "comfy" else fp8.quantize_weight
+        checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.quantized(part.tensors, device, quantize=cast_weight))
     nbytes = sum(part.nbytes for part in checkpoint.parts.values()) + checkpoint.tokenizer.stat().st_size
     new_folder(target, nbytes, partial(WRITERS[layout], checkpoint))
 
@@ -289,12 +306,15 @@ def arguments(argv):
     parser.add_argument("--check", action="store_true", help="print what SRC [FILE ...] hold and write nothing")
     parser.add_argument("--dtype", choices=["keep", "bf16"], default="keep",
                         help="of the denoiser's and the text encoder's linear layers; bf16 halves float32 files (default: keep)")
-    parser.add_argument("--fp8", action="store_true", help="store the denoiser's large matrices in float8, with one scale per row")
+    parser.add_argument("--fp8", action="store_true",
+                        help="store the denoiser's large matrices in float8, with one scale per row (--to comfy: per matrix)")
     parser.add_argument("--report", action="store_true", help="print the errors that float8 brings into each layer, the worst ten; "
                                                               "without DST nothing is written")
     parser.add_argument("--lora", action="append", default=[], metavar="[high=|low=]FILE[:SCALE]",
-                        help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. A rank-stabilised LoRA whose "
-                             "alpha does not say so needs SCALE = sqrt(rank)")
+                        help="merge a LoRA into the denoiser, or into one of two experts; may be repeated. SCALE multiplies the strength "
+                             "that the file names; what is used is said")
+    parser.add_argument("--without-image-keys", action="store_true",
+                        help="leave out of a Wan2.1-I2V LoRA the keys of its attention to the picture, which Wan2.2 lacks")
     parser.add_argument("--to", choices=list(WRITERS), default="ours",
                         help="layout of DST; comfy: denoisers and VAE as single files; diffusers: not for S2V (default: ours)")
     args = parser.parse_args(argv)
@@ -313,7 +333,8 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                        # so that half-written folders go then, too
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device)
+        checkpoint = prepare(open_checkpoint(args.source, args.files), torch.bfloat16 if args.dtype == "bf16" else None, args.lora, device,
+                             args.without_image_keys)
         errors = report(checkpoint, device) if args.report else None
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)

@@ -75,12 +75,21 @@ def quantize_weight(weight, rows=256):
     return weight, scale
 
 
-def quantized(tensors, device="cpu", choose=is_cast):
+def quantize_whole(weight):
+    """The same with one scale for the whole matrix, repeated for every row as ComfyUI wants it."""
+    scale = (weight.abs().amax().float() / MAX).clamp(min=TINY)
+    if not scale.isfinite():
+        raise ValueError("a weight holds NaN or infinity: the file is damaged")
+    return torch.cat([cast(part / scale) for part in weight.split(256)]), scale.expand(len(weight), 1).contiguous()
+
+
+def quantized(tensors, device="cpu", choose=is_cast, quantize=quantize_weight):
     """A denoiser's tensors -> the same with float8 weights and their scales, which are made when they are read.
 
     tensors  {name: Entry} with fields shape, dtype and read (checkpoints.py)        device  where to compute        choose  which to cast
+    quantize  `quantize_weight` or `quantize_whole`
     """
-    pair = lru_cache(maxsize=1)(lambda name: quantize_weight(tensors[name].read().to(device)))   # weight, then its scale: computed once
+    pair = lru_cache(maxsize=1)(lambda name: quantize(tensors[name].read().to(device)))   # weight, then its scale: computed once
     out = {}
     for name, entry in tensors.items():
         if choose(name) and entry.dtype != E4M3:

@@ -46,6 +46,7 @@ for defaults in SAMPLING.values():
 # -------------------------------------------------------------------------------------------------------------- reading files
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
+LFS = b"version https://git-lfs.github.com/"              # how a Git LFS pointer begins, a text in place of a large file
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -68,7 +69,9 @@ def open_safetensors(path):
         file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
+        from formats import foreign
+        raise ValueError(foreign.by_its_first_bytes(path)
+                         or f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
     for name, part in slices.items():
         if part.get_dtype() not in DTYPES:
             raise ValueError(f"{path}: {name} is stored as {part.get_dtype()}, wanted one of {', '.join(DTYPES)}: take the bf16 or fp8 file")
@@ -88,10 +91,12 @@ def read_json(path):
 
 
 def require(folder, wanted):
-    """ValueError with every missing file in one message.  wanted [(path, what it is), ...]"""
+    """ValueError with every missing file in one message, or every Git LFS pointer in place of one.  wanted [(path, what it is), ...]"""
     missing = [f"{path.relative_to(folder)} ({what})" for path, what in wanted if not path.is_file()]
     if missing:
         raise ValueError(f"{folder} is not complete, missing: {', '.join(missing)}")
+    if pointers := [str(path.relative_to(folder)) for path, _ in wanted if path.stat().st_size < 1000 and path.read_bytes().startswith(LFS)]:
+        raise ValueError(f"{folder} was cloned without Git LFS, these are only pointers: {', '.join(pointers)}: run git lfs pull in it")
 
 
 # ------------------------------------------------------------------------------------------------- networks and strict matching
@@ -271,10 +276,12 @@ def open_checkpoint(folder, files=()):
     """A checkpoint folder in our, the official or the diffusers layout -> Checkpoint, checked by its headers.
 
     files   single files that take the place of components of the folder, which may then lack them; their keys tell which. Of two
-            denoisers the high-noise expert comes first
+            denoisers the high-noise expert comes first. A GGUF file as `folder` is one of these in its own folder
     raises  ValueError naming what is missing, what does not fit and in which file
     """
     folder, singles = Path(folder), {}
+    if folder.suffix == ".gguf" and folder.is_file():
+        folder, files = folder.parent, [folder, *files]
     if not folder.is_dir():
         what = "a file: give the folder of the other components first" if folder.exists() else "not there"
         raise ValueError(f"wanted a checkpoint folder, got {folder}, which is {what}")

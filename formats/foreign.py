@@ -5,7 +5,9 @@ A float8 tensor X.weight stands for float8 value x scale. The scale is X.scale_w
 without one it is 1. Where our layers multiply in float8 the bytes are kept and the scale becomes X.weight_scale (out, 1); any other float8
 tensor is multiplied out to bfloat16.
 """
+import math
 import pickle
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fast.fp8 import E4M3
-from formats import names
-from formats.checkpoints import (BOUNDARY, SAMPLING, Checkpoint, Entry, Part, match, may_be_fp8, open_safetensors, parameter_shapes, read_json,
-                                 require)
+from formats import gguf_file, names
+from formats.checkpoints import (BOUNDARY, LFS, SAMPLING, Checkpoint, Entry, Part, match, may_be_fp8, open_safetensors, parameter_shapes,
+                                 read_json, require)
 
 WAV2VEC = "wav2vec2-large-xlsr-53-english"
 SCALES = ("scale_weight", "weight_scale")                        # ComfyUI until 2025 and kijai; ComfyUI since, LightX2V, ours
@@ -24,6 +26,16 @@ IGNORED = ("scale_input", "input_scale", "scaled_fp8")           # scales of act
 FORMAT = "comfy_quant"                                           # how ComfyUI stored a layer: JSON in bytes, {"format": ...}
 
 # -------------------------------------------------------------------------------------------------------------- reading files
+
+
+def by_its_first_bytes(path):
+    """What is wrong with a file that cannot be opened as one of tensors, and what to do; None for nothing known."""
+    head = path.open("rb").read(200).lstrip().lower() if path.is_file() else b""
+    if head.startswith(b"gguf"):
+        return f"{path} is a GGUF file, wanted a safetensors or pth file: take that of the same model"
+    if head.startswith(LFS):
+        return f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its folder, or download the file"
+    return f"{path} is a web page, not the file: download it again" if head.startswith((b"<!doctype html", b"<html")) else None
 
 
 def open_pickle(path):
@@ -34,8 +46,12 @@ def open_pickle(path):
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole file of tensors alone ({type(error).__name__}): refused, nothing in it was executed; "
-                         f"download it again") from error
+        raise ValueError(by_its_first_bytes(path) or f"{path} is not a whole file of tensors alone ({type(error).__name__}): "
+                         "refused, nothing in it was executed; download it again") from error
+    nested = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
+    if nested:
+        raise ValueError(f"{path} is a training checkpoint, its tensors are nested in {' or '.join(map(repr, nested))}: take one out, with "
+                         f"torch.save(torch.load(FILE, weights_only=True)[{nested[0]!r}], NEW)")
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: wanted a dictionary name -> tensor, got {type(tensors).__name__} with other values in it")
     return {name: Entry(path, tuple(t.shape), t.dtype, partial(Tensor.detach, t)) for name, t in tensors.items()}
@@ -45,7 +61,8 @@ def open_tensors(paths):
     """{name: Entry} of all files of one component. A name may stand in one file only."""
     entries = {}
     for path in paths:
-        for name, entry in (open_safetensors if path.suffix == ".safetensors" else open_pickle)(path).items():
+        open_file = gguf_file.open_gguf if gguf_file.is_gguf(path) else open_safetensors if path.suffix == ".safetensors" else open_pickle
+        for name, entry in open_file(path).items():
             if name in entries:
                 raise ValueError(f"{name} stands in both {entries[name].file} and {path}")
             entries[name] = entry
@@ -53,11 +70,24 @@ def open_tensors(paths):
 
 
 def shards(folder, stem):
-    """The files that hold one component's tensors: those its index names, or the single one.  -> list of paths"""
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return [folder / f"{stem}.safetensors"]
-    return sorted({folder / Path(file).name for file in read_json(index).get("weight_map", {}).values()})
+    """The files that hold one component's tensors: those its index names, or the single one; without any, the name of the one wanted.
+
+    Safetensors come before .bin, plain names before a variant such as STEM.fp16.safetensors.
+    raises  ValueError for several variants of which none is plain
+    """
+    for start, ending in ((stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")):
+        name = re.compile(rf"{start}(?:\.(\w+))?\.{ending}|{start}\.{ending}\.index(?:\.(\w+))?\.json")
+        found = {}                                                   # {variant: path}, an index before a single file
+        for path in sorted(folder.glob(f"{start}.*"), key=lambda path: path.suffix == ".json"):
+            if match := name.fullmatch(path.name):
+                found[match[1] or match[2] or ""] = path
+        if len(found) > 1 and "" not in found:
+            raise ValueError(f"{folder} holds several variants of {start}: {', '.join(sorted(found))}: keep the files of one")
+        if found:
+            path = found.get("") or next(iter(found.values()))
+            weights = read_json(path).get("weight_map", {}).values() if path.suffix == ".json" else [path.name]
+            return sorted({folder / Path(file).name for file in weights})
+    return [folder / f"{stem}.safetensors"]
 
 
 # -------------------------------------------------------------------------------------------------------- names and float8 scales
@@ -96,6 +126,13 @@ def multiplied(weight, scale, rows=4096):
     return torch.cat([(x.float() * s).bfloat16() for x, s in zip(weight.read().split(rows), scales.split(rows))])
 
 
+def in_shape(entry, shape):
+    """A tensor of a GGUF file, whose programs know four axes at most and drop those of length 1, in the shape of its parameter."""
+    if shape is None or math.prod(shape) != math.prod(entry.shape) or len(shape) == len(entry.shape):
+        return entry
+    return replace(entry, shape=shape, read=lambda: entry.read().view(shape))
+
+
 def translate(entries, rules, kind, config):
     """The tensors of one component under our names, with our float8 scales.
 
@@ -118,6 +155,8 @@ def translate(entries, rules, kind, config):
         called[ours] = name
         if entry.dtype == E4M3 and may_be_fp8(kind, ours):
             out[f"{ours}_scale"] = Entry(entry.file, (entry.shape[0], 1), torch.float32, partial(row_scales, entry, scales.get(name)))
+        elif entry.file.suffix == ".gguf":
+            entry = in_shape(entry, parameter_shapes(kind, config).get(ours))
         elif entry.dtype == E4M3:
             entry = replace(entry, dtype=torch.bfloat16, read=partial(multiplied, entry, scales.get(name)))
         out[ours] = entry
@@ -136,7 +175,7 @@ def open_singles(paths):
             raise ValueError(f"wanted a file with one component, got {path}, which is {'a folder' if path.is_dir() else 'not there'}")
         entries = {names.without_prefix(name): entry for name, entry in open_tensors([path]).items()}
         kind = names.layout(entries)[0]
-        if any("lora" in name for name in entries):
+        if any(re.search("lora_|dora_|hada_|lokr_", name) for name in entries):
             raise ValueError(f"{path} is a LoRA: give it with --lora")
         if kind is None:
             raise ValueError(f"{path} holds an unknown model: wanted a denoiser, a VAE, umT5 or wav2vec2")
@@ -188,7 +227,10 @@ def official_sources(folder):
 
 
 def diffusers_sources(folder):
-    """The same of a diffusers folder: transformer (high noise), transformer_2 (low noise), vae, text_encoder, tokenizer."""
+    """The same of a diffusers folder: transformer (high noise), transformer_2 (low noise), vae, text_encoder, tokenizer.
+
+    FastVideo's Wan2.2-S2V-14B-Diffusers has audio_encoder beside them, and the official names and config in transformer.
+    """
     roots = {"denoiser": "transformer"}
     if (folder / "transformer_2").is_dir():
         roots = {"denoiser_high": "transformer", "denoiser_low": "transformer_2"}
@@ -196,7 +238,17 @@ def diffusers_sources(folder):
                for name, root in roots.items()}
     sources["vae"] = Source("vae", shards(folder / "vae", "diffusion_pytorch_model"), folder / "vae" / "config.json")
     sources["text"] = Source("text", shards(folder / "text_encoder", "model"))
+    first = sources[next(iter(roots))].config
+    if (folder / "audio_encoder").is_dir() or first.is_file() and read_json(first).get("model_type") == "s2v":
+        sources["audio"] = Source("audio", shards(folder / "audio_encoder", "model"), folder / "audio_encoder" / "config.json")
     return sources, folder / "tokenizer" / "tokenizer.json"
+
+
+def gguf_singles(folder, sources, given):
+    """The GGUF files in a folder in place of files it lacks, as from `open_singles`; a name tells the low-noise expert.  given  kinds"""
+    lacking = {source.kind for source in sources.values() if not all(file.is_file() for file in source.files)} - {*given}
+    found = open_singles(sorted(folder.glob("*.gguf"), key=lambda path: ("low" in path.name.lower(), path.name))) if lacking else {}
+    return {kind: entries for kind, entries in found.items() if kind in lacking}
 
 
 def open_folder(folder, singles):
@@ -210,6 +262,7 @@ def open_folder(folder, singles):
     else:
         raise ValueError(f"{folder} is no checkpoint: wanted a converted folder (config.json, *.safetensors), an official one (config.json "
                          f"or high_noise_model, *_VAE.pth, models_t5_*.pth) or a diffusers one (model_index.json)")
+    singles = gguf_singles(folder, sources, singles) | singles
     given = assign(singles, {name: source.kind for name, source in sources.items()}, folder)
     require(folder, [(file, name) for name, source in sources.items() if name not in given for file in source.files]
             + [(source.config, f"config of {name}") for name, source in sources.items() if source.config] + [(tokenizer, "tokenizer")])

@@ -6,6 +6,7 @@ A component (denoiser, vae, text, audio) is described by one table, their name -
 Source  Wan-Video/Wan2.2@42bf4cf wan/configs/*.py and each from_pretrained; huggingface/diffusers WanTransformer3DModel, AutoencoderKLWan
 """
 import dataclasses
+import math
 import re
 from functools import cache
 
@@ -113,6 +114,15 @@ TEXT_DIFFUSERS = [
     ("encoder.block.#.layer.1.DenseReluDense.wo.weight", "blocks.#.ffn.down.weight"),
     ("encoder.final_layer_norm.weight", "norm.weight"),
 ]
+TEXT_GGUF = [                                       # llama.cpp's names
+    ("token_embd.weight", "embed.weight"),
+    ("enc.blk.#.attn_rel_b.weight", "blocks.#.attn.position.weight"),
+    ("enc.blk.#.attn_norm.weight", "blocks.#.norm1.weight"),
+    ("enc.blk.#.attn_*.weight", "blocks.#.attn.*.weight"),
+    ("enc.blk.#.ffn_norm.weight", "blocks.#.norm2.weight"),
+    ("enc.blk.#.ffn_*.weight", "blocks.#.ffn.*.weight"),
+    ("enc.output_norm.weight", "norm.weight"),
+]
 AUDIO = [
     ("lm_head.*", None),                            # letters, for speech recognition
     ("[wav2vec2.]masked_spec_embed", None),         # training only
@@ -208,17 +218,17 @@ def inverse(rules):
 
 # ---------------------------------------------------------------------------------------------------------- what a file holds
 
-SIGNATURES = [   # how a key begins that only this component has, and whether the names are those of diffusers or transformers
-    ("blocks.0.self_attn.", "denoiser", False), ("condition_embedder.", "denoiser", True),
-    ("decoder.upsamples.", "vae", False), ("decoder.up_blocks.", "vae", True),
-    ("blocks.0.attn.", "text", False), ("encoder.block.", "text", True),
-    ("wav2vec2.", "audio", False), ("feature_extractor.conv_layers.", "audio", False)]
+SIGNATURES = [   # how a key begins that only this component has, and the function (kind, config) -> the table of such names
+    ("blocks.0.self_attn.", "denoiser", official_rules), ("condition_embedder.", "denoiser", diffusers_rules),
+    ("decoder.upsamples.", "vae", official_rules), ("decoder.up_blocks.", "vae", diffusers_rules),
+    ("blocks.0.attn.", "text", official_rules), ("encoder.block.", "text", diffusers_rules), ("enc.blk.", "text", lambda *_: TEXT_GGUF),
+    ("wav2vec2.", "audio", official_rules), ("feature_extractor.conv_layers.", "audio", official_rules)]
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")   # in front of every name of some single files
 
 
 def layout(names):
-    """The keys of a file -> its component, and whether diffusers or transformers named them; (None, False) for unknown keys."""
-    return next(((kind, diffusers) for start, kind, diffusers in SIGNATURES if any(name.startswith(start) for name in names)), (None, False))
+    """The keys of a file -> its component, function (kind, config) -> name table; None and the official table for unknown keys"""
+    return next(((kind, rules) for start, kind, rules in SIGNATURES if any(name.startswith(start) for name in names)), (None, official_rules))
 
 
 def without_prefix(name):
@@ -226,8 +236,8 @@ def without_prefix(name):
 
 
 def rules_for(kind, config, names):
-    """The name table of the layout, official or diffusers, whose keys these are."""
-    return (diffusers_rules if layout(names)[1] else official_rules)(kind, config)
+    """The name table of the layout, official, diffusers or llama.cpp, whose keys these are."""
+    return layout(names)[1](kind, config)
 
 
 # ------------------------------------------------------------------------------------------------------------ foreign configs
@@ -280,9 +290,10 @@ def denoiser_config(fields, entries, path):
     table, scope = (FIELDS | FIELDS_S2V, SCOPE | SCOPE_S2V) if s2v else (FIELDS, SCOPE)
     required = [name for name in (*table, *(SCOPE_S2V if s2v else ())) if name not in OPTIONAL]
     ours = {"audio_dim": 0} | take_fields(fields, table, scope, path, required)
-    for name, size in (("text_embedding.0.weight", "text_dim"), ("casual_audio_encoder.weights", "audio_states")):
-        if name in entries:
-            ours[size] = entries[name].shape[1]
+    if "text_embedding.0.weight" in entries:
+        ours["text_dim"] = entries["text_embedding.0.weight"].shape[-1]
+    if "casual_audio_encoder.weights" in entries:
+        ours["audio_states"] = math.prod(entries["casual_audio_encoder.weights"].shape)
     return make_config("denoiser", ours, path)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import convert_weights as convert
-from formats import checkpoints, foreign, names
+from formats import checkpoints, foreign, lora, names
 from tiny import random_weights as fake
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -221,6 +221,43 @@ def test_damaged_files(s2v, file):
     for content in (whole[:len(whole) // 2], whole[:-2], b"", b"<!DOCTYPE html>\n" * 20):
         (s2v / file).write_bytes(content)
         refusal(s2v, s2v / file)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 9999999\n"
+GGUF = b"GGUF" + (3).to_bytes(4, "little") + bytes(4096)
+
+
+@pytest.mark.parametrize("content, parts", [(POINTER, ["is a Git LFS pointer", "git lfs pull"]), (GGUF, ["is a GGUF file"]),
+                                            (b"<!DOCTYPE html>\n" * 20, ["is a web page"])], ids=["lfs", "gguf", "html"])
+def test_files_of_another_kind(official, tmp_path, content, parts):
+    """What is no file of tensors is named, whatever its ending, alone and in a folder, with what to do."""
+    for name in ("x.safetensors", "x.pth", "x.bin", "x.gguf"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            checkpoints.open_checkpoint(official["s2v-14B"], [tmp_path / name])
+        assert all(part in str(error.value) for part in [str(tmp_path / name), *parts]), error.value
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=parts[0]):
+        lora.read_lora(tmp_path / "x.safetensors", small("s2v-14B")["denoiser"])
+
+
+def test_folder_of_pointers(s2v):
+    """A clone without Git LFS: all pointers in one message, the tokenizer among them."""
+    files = [SHARD, "Wan2.1_VAE.pth", "google/umt5-xxl/tokenizer.json"]
+    for name in files:
+        (s2v / name).write_bytes(POINTER)
+    refusal(s2v, "without Git LFS", "git lfs pull", *files)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_nested_state_dict(s2v, key):
+    """A training checkpoint is named, with the line that takes its tensors out; that line works."""
+    file = s2v / "Wan2.1_VAE.pth"
+    tensors = torch.load(file, weights_only=True)
+    torch.save({key: tensors, "epoch": 3}, file)
+    assert f"torch.save(torch.load(FILE, weights_only=True)['{key}'], NEW)" in refusal(s2v, file, "training checkpoint", repr(key))
+    torch.save(torch.load(file, weights_only=True)[key], file)
+    checkpoints.open_checkpoint(s2v)
 
 
 def test_missing_files(s2v, official, tmp_path):

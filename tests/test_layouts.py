@@ -189,7 +189,7 @@ def test_lora_layouts(prefix, naming, dot, ending, alpha, tmp_path):
             delta = (0.5 * (alpha / 4 if alpha else 1)) * (up.flatten(1) @ down.flatten(1))
             wanted[ours + ".weight"] = (weight + delta.view(weight.shape)).bfloat16()
     save_file(tensors, tmp_path / "lora.safetensors")
-    merged = lora.merged(part.tensors, [lora.read_lora(tmp_path / "lora.safetensors", config, 0.5)])
+    merged = lora.merged(part.tensors, [lora.read_lora(tmp_path / "lora.safetensors", config, 0.5)[0]])
     assert merged.keys() == part.tensors.keys()
     for name, entry in merged.items():
         assert torch.equal(entry.read().to(entry.dtype), wanted.get(name, part.tensors[name].read())), name
@@ -204,7 +204,7 @@ def test_lora_differences(tmp_path):
               "blocks.1.norm3.diff": "blocks.1.cross_norm.weight", "blocks.1.self_attn.norm_q.diff": "blocks.1.self_attn.norm_q.weight"}
     tensors = {f"diffusion_model.{key}": torch.randn(part.tensors[ours].shape, generator=random) for key, ours in theirs.items()}
     save_file(tensors, tmp_path / "diff.safetensors")
-    files = [lora.read_lora(tmp_path / "diff.safetensors", config, scale) for scale in (0.25, 1.0)]
+    files = [lora.read_lora(tmp_path / "diff.safetensors", config, scale)[0] for scale in (0.25, 1.0)]
     sums = {ours: part.tensors[ours].read().float() + 0.25 * tensors[f"diffusion_model.{key}"] + tensors[f"diffusion_model.{key}"]
             for key, ours in theirs.items()}
     for name, entry in lora.merged(part.tensors, files).items():
@@ -215,6 +215,79 @@ def test_lora_differences(tmp_path):
     exact = fp8.dequantize(float8[key].read(), float8[key + "_scale"].read()) + 1.25 * tensors["diffusion_model.blocks.0.ffn.0.diff"]
     assert fp8.relative_error(fp8.dequantize(merged[key].read(), merged[key + "_scale"].read()), exact) < 0.03
     assert merged["blocks.1.ffn.0.weight"] is float8["blocks.1.ffn.0.weight"]
+
+
+DOWN, UP = torch.full((4, 128), 0.1), torch.ones(128, 4)
+METADATA = [   # header, adapter_config.json, tensors besides the pair, strength, a word of what is said
+    ({}, None, {}, 1.0, "no alpha given"),
+    ({"lora_alpha": "16"}, None, {}, 4.0, "alpha 16 / rank 4, from its header"),
+    ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, None, {}, 0.5, "alpha 2 / rank 4"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16})}, None, {}, 4.0, "alpha 16 / rank 4"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.use_rslora": True})}, None, {}, 8.0,
+     "alpha 16 / sqrt(rank 4)"),
+    ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16, "text_encoder.lora_alpha": 2})}, None, {}, 4.0, "alpha 16 / rank 4"),
+    ({}, {"r": 4, "lora_alpha": 16}, {}, 4.0, "from adapter_config.json"),
+    ({}, {"r": 4, "lora_alpha": 16, "use_rslora": True}, {}, 8.0, "sqrt(rank 4)"),
+    ({}, {"r": 4, "lora_alpha": 16, "alpha_pattern": {"self_attn.q": 2}}, {}, 0.5, "alpha 2 / rank 4"),
+    ({}, {"r": 4, "lora_alpha": 16, "alpha_pattern": {"attn.q": 2}}, {}, 4.0, "alpha 16 / rank 4"),
+    ({"lora_alpha": "16"}, {"lora_alpha": 2}, {"alpha": torch.tensor(8.0)}, 2.0, "alpha 8 / rank 4, from its tensors")]
+
+
+@pytest.mark.parametrize("header, beside, more, strength, word", METADATA)
+def test_lora_strength(tmp_path, header, beside, more, strength, word):
+    """The strength that a file names anywhere is the one used, and it is said; a file or a folder as PEFT saves it is given."""
+    config, stem = small("s2v-14B")["denoiser"], "base_model.model.blocks.0.self_attn.q"
+    tensors = {f"{stem}.lora_A.weight": DOWN, f"{stem}.lora_B.weight": UP} | {f"{stem}.{name}": value for name, value in more.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata=header)
+    if beside:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | beside))
+    for scale, path in ((1.0, tmp_path), (0.5, tmp_path / "adapter_model.safetensors")):
+        changes, said, warning = lora.read_lora(path, config, scale)
+        torch.testing.assert_close(changes["blocks.0.self_attn.q.weight"](), scale * strength * UP @ DOWN)
+        assert f"strength {scale * strength:g} (scale {scale:g}" in said and word in said, said
+        assert (warning is None) == (word != "no alpha given")
+
+
+def test_lora_strength_is_said(official, tmp_path, capsys):
+    """The converter says the strength, warns where none is given, and refuses an alpha that is no number."""
+    file = tmp_path / "lora.safetensors"
+    tensors = {"blocks.0.self_attn.q.lora_A.weight": DOWN, "blocks.0.self_attn.q.lora_B.weight": UP}
+    for header, said, warned in (({}, "strength 0.5 ", True), ({"lora_alpha": "16"}, "strength 2 ", False)):
+        save_file(tensors, file, metadata=header)
+        assert convert.main([str(official["s2v-14B"]), "--check", "--lora", f"{file}:0.5"]) == 0
+        out, err = capsys.readouterr()
+        assert said in out and err.startswith("warning: ") == warned and ("names no strength for 1 of 1 layers" in err) == warned
+    save_file(tensors, file, metadata={"lora_alpha": "much"})
+    with pytest.raises(ValueError, match="wanted a number as alpha, got 'much' from its header"):
+        lora.read_lora(file, small("s2v-14B")["denoiser"])
+
+
+def test_live_avatar_lora(tmp_path):
+    """896 tensors of rank 128 without alpha on the released S2V are LiveAvatar's, whose program takes 0.5; with one layer less they are not."""
+    config, file = fake.released("s2v-14B")["denoiser"], tmp_path / "liveavatar.safetensors"
+    layers = [f"blocks.{i}.{name}" for i in range(40) for name in (*(f"{a}_attn.{x}" for a in ("self", "cross") for x in "qkvo"), "ffn.0", "ffn.2")]
+    layers += [f"audio_injector.injector.{i}.{x}" for i in range(12) for x in "qkvo"]
+    wide = {"ffn.0": (5120, 13824), "ffn.2": (13824, 5120)}
+
+    def written(layers):
+        header, offset = {}, 0
+        for layer in layers:
+            n_in, n_out = wide.get(layer.split(".", 2)[2], (5120, 5120))
+            for letter, shape in (("A", (128, n_in)), ("B", (n_out, 128))):
+                end = offset + 2 * shape[0] * shape[1]
+                header[f"{layer}.lora_{letter}.default.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+                offset = end
+        head = json.dumps(header).encode()
+        file.write_bytes(len(head).to_bytes(8, "little") + head)
+        with open(file, "r+b") as out:
+            out.truncate(8 + len(head) + offset)                         # zeros that take no room
+        assert len(header) == 2 * len(layers)
+        return lora.read_lora(file, config)
+
+    changes, said, warning = written(layers)
+    assert len(changes) == 448 and "strength 0.5 " in said and "LiveAvatar" in said and "896" in said and warning is None
+    changes, said, warning = written(layers[1:])
+    assert "strength 1 " in said and "LiveAvatar" not in said and "447 of 447" in warning
 
 
 def test_wrong_lora(tmp_path):
@@ -228,9 +301,12 @@ def test_wrong_lora(tmp_path):
         assert all(part in str(error.value) for part in (str(file), *parts)), error.value
 
     z = torch.zeros(4, 128)
-    refused({"blocks.0.cross_attn.k_img.lora_down.weight": z, "blocks.99.ffn.0.lora_up.weight": z, "vace.diff": z},
-            "blocks.0.cross_attn.k_img.lora_down.weight belongs to no parameter", "(and 2 more)")
-    refused({"blocks.0.self_attn.q.dora_scale": z}, "blocks.0.self_attn.q.dora_scale belongs to no parameter")
+    refused({"blocks.0.norm9.lora_down.weight": z, "blocks.99.ffn.0.lora_up.weight": z, "vace.diff": z},
+            "blocks.0.norm9.lora_down.weight belongs to no parameter", "(and 2 more)")
+    for kind, *endings in (("DoRA", "dora_scale", "lora_magnitude_vector.weight"), ("LoHa", "hada_w1_a"), ("LoKr", "lokr_w1", "lokr_w2_b"),
+                           ("LoCon", "lora_mid.weight")):
+        for ending in endings:
+            refused({f"blocks.0.self_attn.q.{ending}": z}, f"is a {kind}", "take a LoRA", f"q.{ending}")
     refused({"blocks.0.self_attn.q.lora_up.weight": None}, "blocks.0.self_attn.q.weight", "wanted down and up", "got down")
     refused({"blocks.0.self_attn.q.lora_up.weight": torch.zeros(128, 8)}, "(128, 8)", "does not make (128, 128)")
     refused({"blocks.0.self_attn.q.lora_A.weight": z}, "and another key both lead to blocks.0.self_attn.q.weight")
@@ -241,6 +317,28 @@ def test_wrong_lora(tmp_path):
     save_file({}, file)
     with pytest.raises(ValueError, match="no tensors"):
         lora.read_lora(file, config)
+
+
+def test_lora_of_wan21_i2v(official, tmp_path, capsys):
+    """It is refused by its name; the option leaves out what reads the picture, in both spellings, and nothing else."""
+    file, target = tmp_path / "i2v21.safetensors", tmp_path / "ours"
+    stem = "diffusion_model.blocks.0."
+    tensors = {f"{stem}{layer}.lora_{letter}.weight": x for layer in ("self_attn.q", "cross_attn.k_img", "cross_attn.v_img")
+               for letter, x in (("A", DOWN.clone()), ("B", UP.clone()))} | {"diffusion_model.img_emb.proj.0.diff": torch.zeros(9),
+                                                                            f"{stem}cross_attn.norm_k_img.diff": torch.zeros(128)}
+    save_file(tensors, file)
+    arguments = [str(official["s2v-14B"]), str(target), "--lora", str(file)]
+    assert convert.main(arguments) == 2 and not target.exists()
+    message = capsys.readouterr().err
+    assert "is a LoRA of Wan2.1-I2V: 6 of its keys" in message and "--without-image-keys" in message and message.count("\n") == 1
+    assert convert.main([*arguments, "--without-image-keys"]) == 0
+    assert "6 keys of the attention to the picture left out" in capsys.readouterr().out
+    straight, ours = (checkpoints.open_checkpoint(folder).parts["denoiser"].tensors for folder in (official["s2v-14B"], target))
+    changed = [name for name in straight if not torch.equal(straight[name].read(), ours[name].read())]
+    assert changed == ["blocks.0.self_attn.q.weight"]
+    save_file(tensors | {"vace.diff": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match="vace.diff belongs to no parameter"):
+        lora.read_lora(file, small("s2v-14B")["denoiser"], without_image=True)
 
 
 def test_lora_command(official, tmp_path, capsys):
@@ -273,16 +371,82 @@ def test_to_diffusers(official, tmp_path, task):
     assert all((back / path.name).read_bytes() == path.read_bytes() for path in ours.iterdir())
 
 
-@pytest.mark.parametrize("task, options", [("s2v-14B", ["--fp8"]), ("t2v-A14B", [])])
-def test_to_comfy(official, tmp_path, task, options):
-    """Ours -> single files -> ours: the same bytes, float8 with its row scales too."""
+@pytest.mark.parametrize("task", ["s2v-14B", "t2v-A14B"])
+def test_to_comfy(official, tmp_path, task):
+    """Ours -> single files -> ours: the same bytes."""
     ours, there, back = (tmp_path / name for name in ("ours", "there", "back"))
-    assert convert.main([str(official[task]), str(ours), *options]) == 0
+    convert.convert(official[task], ours)
     assert convert.main([str(ours), str(there), "--to", "comfy"]) == 0
     files = sorted((there / "diffusion_models").iterdir()) + [there / "vae" / "vae.safetensors"]
     assert "patch_embedding.weight" in load_file(files[0]) and len(files) == (3 if "A14B" in task else 2)
     assert convert.main([str(ours), *map(str, files), str(back)]) == 0
     assert all((back / path.name).read_bytes() == path.read_bytes() for path in ours.iterdir())
+
+
+@pytest.mark.parametrize("first", [[], ["--fp8"]], ids=["from bf16", "from float8 rows"])
+def test_to_comfy_in_float8(official, tmp_path, first):
+    """One scale per matrix, a single number, whatever it is made from; the file is read back as the product that ComfyUI computes."""
+    ours, there = tmp_path / "ours", tmp_path / "there"
+    assert convert.main([str(official["s2v-14B"]), str(ours), *first]) == 0
+    assert convert.main([str(ours), str(there), "--to", "comfy", *([] if first else ["--fp8"])]) == 0
+    file, straight = there / "diffusion_models" / "denoiser.safetensors", checkpoints.open_checkpoint(official["s2v-14B"]).parts["denoiser"].tensors
+    theirs, again = load_file(file), fp8.multiplied_out(checkpoints.open_checkpoint(ours, [file]).parts["denoiser"].tensors)
+    float8 = [name for name, tensor in theirs.items() if tensor.dtype == fp8.E4M3]
+    assert len(float8) == 46 and "blocks.3.ffn.2.weight" in float8
+    for name in float8:
+        scale, key = theirs[name + "_scale"], names.rename(name, names.official_rules("denoiser", small("s2v-14B")["denoiser"]))
+        assert scale.shape == () and scale.dtype == torch.float32 and json.loads(bytes(theirs[name.removesuffix("weight") + "comfy_quant"].tolist()))
+        product = theirs[name].float() * scale
+        assert fp8.relative_error(again[key].read(), product) < 3e-6
+        assert fp8.relative_error(product, straight[key].read()) < (0.04 if first else 0.03)
+
+
+def as_variant(folder, stem, variant):
+    """Rename the plain safetensors file of a component."""
+    (folder / f"{stem}.safetensors").rename(folder / f"{stem}.{variant}.safetensors")
+
+
+def as_shards(folder, stem, ending, write):
+    """Split a component into two shards with an index, as variants bf16 or .bin files are published."""
+    tensors = load_file(folder / f"{stem}.safetensors")
+    (folder / f"{stem}.safetensors").unlink()
+    halves = [dict(list(tensors.items())[i::2]) for i in (0, 1)]
+    start = stem.replace("model", "pytorch_model") if ending == "bin" and stem == "model" else stem
+    index = f"{start}.safetensors.index.bf16.json" if ending == "safetensors" else f"{start}.bin.index.json"
+    files = [f"{start}{'.bf16' * (ending == 'safetensors')}-0000{i}-of-00002.{ending}" for i in (1, 2)]
+    for file, half in zip(files, halves):
+        write(half, folder / file)
+    (folder / index).write_text(json.dumps({"weight_map": {name: file for file, half in zip(files, halves) for name in half}}))
+
+
+def test_diffusers_variants_and_bin(official, tmp_path):
+    """Variants and .bin files, single and in shards, hold the same weights; of two variants one must be chosen; plain files come first."""
+    folder = tmp_path / "there"
+    assert convert.main([str(official["ti2v-5B"]), str(folder), "--to", "diffusers"]) == 0
+    straight = checkpoints.open_checkpoint(folder)
+    as_shards(folder / "transformer", "diffusion_pytorch_model", "safetensors", save_file)
+    as_variant(folder / "vae", "diffusion_pytorch_model", "fp16")
+    as_shards(folder / "text_encoder", "model", "bin", torch.save)
+    for again in ("variants", "bin"):
+        opened = checkpoints.open_checkpoint(folder)
+        for name in straight.parts:
+            same(bits(opened.load(name)), bits(checkpoints.open_checkpoint(official["ti2v-5B"]).load(name)))
+        if again == "variants":
+            file = folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+            torch.save(load_file(file), file.with_name("diffusion_pytorch_model.bin"))
+            whole = file.read_bytes()
+            file.unlink()
+    for variant in ("fp16", "bf16"):
+        (folder / "vae" / f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(whole)
+    refusal(folder, folder / "vae", "several variants of diffusion_pytorch_model: bf16, fp16", "keep the files of one")
+
+
+def test_tokenizer_class(official, tmp_path):
+    """The tokenizer of a written diffusers folder is read as tokenizer.json has it, bytes of rare letters included."""
+    assert convert.main([str(official["ti2v-5B"]), str(tmp_path / "there"), "--to", "diffusers"]) == 0
+    read = lambda name: json.loads((tmp_path / "there" / name).read_text())
+    assert read("model_index.json")["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    assert read("tokenizer/tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_no_such_layout(official, tmp_path, capsys):

@@ -504,7 +504,8 @@ def test_lora_file_has_official_names(tiny, films, tmp_path):
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["new.low.safetensors"]
     keys = set(checkpoints.open_safetensors(tmp_path / "new.low.safetensors"))
     assert "diffusion_model.audio_injector.injector.0.o.lora_A.weight" in keys and len(keys) == 2 * 3
-    assert len(lora.read_lora(tmp_path / "new.low.safetensors", networks.DENOISER_CONFIG)) == 3
+    changes, strength, warning = lora.read_lora(tmp_path / "new.low.safetensors", networks.DENOISER_CONFIG)
+    assert len(changes) == 3 and "strength 1 " in strength and warning is None
 
 
 def test_tuning_all_weights_writes_a_folder(tiny, films, tmp_path):
