@@ -86,6 +86,7 @@ class Media:
     frames: int = 0               # decoded, not what the header claims; 0 if not counted
     video_codec: str | None = None
     audio_codec: str | None = None
+    audio_layout: str | None = None      # "mono", "stereo", "5.1", ...
     audio_duration: float = 0.0   # seconds, decoded; 0 if not counted
 
     @property
@@ -110,7 +111,8 @@ def probe(path, count=True):
         frames = decoded(path, "V", "frame") if count else 0
     if audio and count:
         seconds = decoded(path, "a", "out_time_us") / 1e6
-    return Media(width, height, fps, frames, video and video["codec_id"], audio and audio["codec_id"], seconds)
+    codecs = video and video["codec_id"], audio and audio["codec_id"]
+    return Media(width, height, fps, frames, *codecs, audio and audio.get("channel_layout_name"), seconds)
 
 
 def decoded(path, kind, field):

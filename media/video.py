@@ -22,7 +22,7 @@ from media.ffmpeg import REMEDY, SAMPLE_TIME, FFmpegError, decoded, ffmpeg_comma
 from media.pictures import fit_frame
 
 SUFFIXES = (".mp4", ".mov")
-MP4_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")      # copied as they are; Opus and FLAC are legal too, but many players stay silent
+MONO_STEREO = ("mono", "stereo")      # 7.1 AAC plays almost nowhere
 QUALITY = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "10"]      # the official quality=8, but 1.2x the size in half the time
 # Tagged BT.709, so that players show the colours that went in; untagged files (the official ones) are guessed at by size.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p," \
@@ -39,7 +39,7 @@ class Sound:
     start: float         # first second used
     seconds: float       # length used
     delay: float         # silence before it
-    as_is: bool          # the whole file, not shifted, in a form that mp4 can hold
+    as_is: bool          # the whole file, not shifted, AAC of one or two channels: every player has that; mp4 may hold more, often unheard
 
     @property
     def end(self):
@@ -57,7 +57,8 @@ def open_sound(path, start=0.0, duration=None, shift=0.0):
     if end <= begin:
         raise ValueError(f"{path} is {length:.2f} s long, nothing is left of it from {begin:.2f} s on: choose an earlier start")
     whole = begin == 0 and shift <= 0 and end == length
-    as_is = whole and info.audio_codec in MP4_SOUND and info.video_codec is None      # beside a picture, sound may not start at 0
+    plays = info.audio_codec == "aac" and info.audio_layout in MONO_STEREO
+    as_is = whole and plays and info.video_codec is None      # beside a picture, sound may not start at 0
     return Sound(path, begin, end - begin, max(0.0, shift), as_is)
 
 
@@ -68,7 +69,7 @@ def add_sound(video, sound, seconds, target):
     else:
         end = sound.start + min(sound.seconds, seconds - sound.delay)
         codec = ["-c:a", "aac", "-b:a", "192k", "-af", f"{SAMPLE_TIME},atrim=start={sound.start:.6f}:end={end:.6f},{SAMPLE_TIME},"
-                 f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts=mono|stereo"]      # 7.1 AAC plays almost nowhere
+                 f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
     run("-y", "-i", video, *source(sound.path), "-map", "0:v:0", "-map", "1:a:0", "-c:v", "copy", *codec, *CONTAINER, target)
 
 

@@ -189,7 +189,8 @@ def test_round_trip(tmp_path):
     ("wav", {}, 48, 48, "aac"),                                      # 3.0 s = 48 frames
     ("wav", {}, 45, 45, "aac"),                                      # the sound is cut
     ("wav", {}, 60, 48, "aac"),                                      # the picture is cut
-    ("m4a", {}, 60, 48, "aac"), ("mp3", {}, 48, 48, "mp3"),          # copied
+    ("m4a", {}, 60, 48, "aac"),                                      # copied
+    ("mp3", {}, 48, 48, "aac"),
     ("mp3", {}, 45, 45, "aac"), ("mp3", {"av_offset": 3}, 60, 51, "aac"), ("opus", {}, 48, 48, "aac"),
     ("mp3", {"start": 0.75, "duration": 1.5}, 48, 24, "aac"),
     ("wav", {"av_offset": 3}, 48, 48, "aac"), ("wav", {"av_offset": -3}, 48, 45, "aac")])
@@ -209,6 +210,19 @@ def test_sound_stays_with_the_picture(tmp_path, sound, options, P, frames, codec
     seen, heard = seen_and_heard(tmp_path / "a.mp4")
     assert seen.tolist() == times and len(heard) == len(times) and np.abs(heard - seen).max() < 0.002      # seconds; a frame is 0.0625
     assert b"private" not in (tmp_path / "a.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("name, options, copied", [
+    ("a.m4a", ["-c:a", "aac"], True), ("a.m4a", ["-c:a", "aac", "-ac", "8"], False), ("a.m4a", ["-c:a", "alac"], False),
+    ("a.mp3", [], False), ("a.ac3", [], False), ("a.eac3", ["-c:a", "eac3"], False), ("a.mp4", ["-c:a", "flac"], False)])
+def test_written_sound_plays_everywhere(tmp_path, name, options, copied):
+    """AAC of one or two channels, whatever came, behind the index of the file: others are silent in QuickTime, on iOS or in browsers."""
+    run("-f", "lavfi", "-i", "anoisesrc=d=2:r=48000", *options, tmp_path / name)
+    with VideoWriter(tmp_path / "out.mp4", SIZE, FPS, audio=tmp_path / name) as out:
+        out.write(smooth(40))
+    info, data = probe(tmp_path / "out.mp4"), (tmp_path / "out.mp4").read_bytes()
+    assert out.sound.as_is == copied and info.audio_codec == "aac" and info.audio_layout in ("mono", "stereo")
+    assert data.index(b"moov") < data.index(b"mdat") and abs(info.audio_duration - 2) < 0.05      # ac3 holds whole packets
 
 
 def test_sound_of_a_video_starts_with_its_first_sample(tmp_path):
