@@ -60,16 +60,22 @@ def streams(path):
     return {fields["media_type"]: fields for fields in found.values()}
 
 
+def framecrc(path, *options):
+    """What the framecrc muxer says of the picture -> seconds per tick (Fraction), a list of (dts, pts, duration) in ticks."""
+    report = run(*source(path), "-map", "0:V:0", *options, "-f", "framecrc", "-")
+    tick = re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)
+    packets = [line.split(",")[1:4] for line in report.splitlines() if line[0] != "#"]         # stream, dts, pts, duration, size, checksum
+    return Fraction(tick[1] if tick else 1), [tuple(map(int, packet)) for packet in packets]
+
+
 def frame_rate(path):
     """Mean frames per second of the picture, from its decoding timestamps; of a single frame, from its duration; 0 if unknown.
 
     Timestamps are whole ticks, often milliseconds. A whole rate, or one of 1000/1001 of it, is taken if the ticks allow it.
     """
-    report = run(*source(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-")
-    tick = Fraction(re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)[1])                      # seconds
-    packets = [line.split(",") for line in report.splitlines() if line[0] != "#"]              # stream, dts, pts, duration, size, checksum
-    times = [int(dts) for _, dts, *_ in packets]
-    steps, ticks = (len(times) - 1, times[-1] - times[0]) if len(times) > 1 else (1, sum(int(packet[3]) for packet in packets))
+    tick, packets = framecrc(path, "-c", "copy")
+    times = [dts for dts, *_ in packets]
+    steps, ticks = (len(times) - 1, times[-1] - times[0]) if len(times) > 1 else (1, sum(duration for *_, duration in packets))
     if not ticks:
         return 0.0
     rate = steps / (ticks * tick)

@@ -389,11 +389,28 @@ def numbers(clip):
 
 
 @pytest.mark.parametrize("fps, step", [(12, 1), (24, 2), (60, 4)])
-def test_pose_sampling(tmp_path, fps, step):
+def test_official_pose_sampling(tmp_path, fps, step):
     numbered_video(tmp_path / "a.mp4", 40, fps)
     every = list(range(0, 40, step))[:10]
-    assert numbers(load_pose(tmp_path / "a.mp4", 10, SIZE)) == every
-    assert numbers(load_pose(tmp_path / "a.mp4", 4, SIZE, first=3)) == every[3:7]
+    assert numbers(load_pose(tmp_path / "a.mp4", 10, SIZE, official=True)) == every
+    assert numbers(load_pose(tmp_path / "a.mp4", 4, SIZE, first=3, official=True)) == every[3:7]
+
+
+@pytest.mark.parametrize("fps", [10, 16, 23.976, 24, 25, 30, 60])
+def test_pose_keeps_its_speed(tmp_path, fps):
+    """Pose frame i is the frame of the file nearest to i/16 s."""
+    numbered_video(tmp_path / "a.mp4", 60, fps)
+    got = np.array(numbers(load_pose(tmp_path / "a.mp4", 12, SIZE, first=4)))
+    assert np.abs(got / fps - np.arange(4, 16) / FPS).max() <= 0.5001 / fps
+
+
+def test_pose_keeps_its_speed_at_uneven_rates(tmp_path):
+    """Of 60 frames a second two in three are kept, and none between 0.5 and 1 s, as screen recorders do where nothing moves."""
+    numbered_video(tmp_path / "even.mp4", 120, 60)
+    run("-i", tmp_path / "even.mp4", "-vf", r"select=mod(n+1\,3)*not(between(n\,30\,59))", "-fps_mode", "vfr", "-qp", "0", tmp_path / "a.mp4")
+    kept = np.array([n for n in range(120) if n % 3 != 2 and not 30 <= n < 60])
+    wanted = np.arange(24) / FPS * 60
+    assert np.abs(np.array(numbers(load_pose(tmp_path / "a.mp4", 24, SIZE))) - wanted).tolist() == np.abs(kept[:, None] - wanted).min(0).tolist()
 
 
 @pytest.mark.parametrize("name, rate", [("a.mp4", "24"), ("a.mkv", "24"), ("a.mkv", "30000/1001"), ("a.avi", "30000/1001"), ("a.webm", "25")])
