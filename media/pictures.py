@@ -5,30 +5,38 @@ Pixels  uint8 0..255 become float32 -1..1
 Source  Wan-Video/Wan2.2@42bf4cf wan/speech2video.py (size L189-250, crop L342-357 and L469-497), wan/image2video.py (L259-272, L314-318),
         wan/textimage2video.py (L462-477), wan/utils/utils.py (best_output_size), and the Resize and CenterCrop of torchvision they call.
 """
+import importlib.util
+import io
 import math
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")   # not EPS: it would start ghostscript
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")   # not EPS: it would start ghostscript
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
 MIN_SIDE = 16         # pixels; less cannot show a face
+SAME = 2              # of 255: an sRGB profile moves colours by that much, as it and Pillow's round differently; they are left alone
 MAX_PIXELS = 2**26    # 67 million, 200 MB as RGB: checked in the header, before anything is decoded
 
 
 def load_image(path):
-    """A picture file as an RGB PIL image: first frame, upright as its EXIF says, transparency over white, 16-bit grey scaled to 8 bit.
+    """A picture file as an RGB PIL image in sRGB: first frame, upright as its EXIF says, transparency over white, 16-bit grey scaled to 8 bit.
 
-    For opaque upright 8-bit pictures this is what the official `Image.open(path).convert("RGB")` gives, bit for bit.
+    HEIC is read where the package pillow-heif is installed. For opaque upright 8-bit pictures in sRGB this is what the official `Image.open(path).convert("RGB")` gives, bit for bit.
     raises  ValueError (one line) if the file is missing, not a picture, damaged, under 16 pixels a side or over 67 megapixels
     """
     if not os.path.isfile(path):
         raise ValueError(f"picture not found: {path}")
     Image.init()      # registers every format; without it only the common ones are known by name
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")      # Pillow warns of large pictures and damaged EXIF; both are dealt with here
         with _as_value_error(path):
@@ -46,13 +54,25 @@ def _too_many_pixels(path):
     return f"{path} has too many pixels, wanted at most {MAX_PIXELS // 10**6} million (8192x8192): scale it down first"
 
 
+def _unknown(path):
+    with open(path, "rb") as file:
+        head = file.read(12)
+    name = BRANDS.get(head[8:]) if head[4:8] == b"ftyp" else None
+    if name is None:
+        return f"{path} is not a picture: wanted JPEG, PNG, WebP, BMP, GIF or TIFF"
+    if importlib.util.find_spec("pillow_heif") and name == "HEIC":
+        return f"{path} is a damaged {name} picture: save it again as JPEG or PNG"
+    remedy = "pip install pillow-heif" if name == "HEIC" else "pip install a Pillow with AVIF"
+    return f"{path} is a {name} picture, which this Pillow cannot read: {remedy}, or save it as JPEG or PNG"
+
+
 @contextmanager
 def _as_value_error(path):
     """Any error of a decoder (OSError, SyntaxError, struct.error, zlib.error, EOFError ...) becomes a one-line ValueError."""
     try:
         yield
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture: wanted JPEG, PNG, WebP, BMP, GIF or TIFF") from None
+        raise ValueError(_unknown(path)) from None
     except Image.DecompressionBombError:
         raise ValueError(_too_many_pixels(path)) from None
     except Exception as error:
@@ -71,10 +91,32 @@ def _to_rgb(img):
         img = Image.fromarray(((grey + 128) // 257).astype(np.uint8))      # 65535 = 255 * 257
     if img.mode == "F":
         raise ValueError("floating-point pixels")
+    img = _to_srgb(img)
     if img.has_transparency_data:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
     return img.convert("RGB")
+
+
+def _to_srgb(img):
+    """Converted from the colour profile that the file holds, such as Display P3 of phones; as it is if it holds none, or one that is sRGB."""
+    if not img.info.get("icc_profile"):
+        return img
+    from PIL import ImageCms
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info["icc_profile"]))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
+        alpha = img.convert("RGBA").getchannel("A") if img.has_transparency_data else None
+        converted = ImageCms.profileToProfile(img.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        print(f"warning: the picture's colour profile cannot be used ({reason}): its colours are taken as sRGB", file=sys.stderr)
+        return img
+    if max(high for _, high in ImageChops.difference(converted, img.convert("RGB")).getextrema()) <= SAME:
+        return img
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
 
 
 def s2v_size(height, width, max_area, step=64):

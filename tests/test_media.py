@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from media import ffmpeg, video
+from media import ffmpeg, pictures, video
 from media.ffmpeg import frame_rate, probe, run
 from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
 from media.video import VideoWriter, add_sound, check_output, load_pose, read_frames
@@ -67,6 +67,52 @@ def test_exif_rotation_and_first_frame(tmp_path):
     assert load_image(tmp_path / "damaged.jpg").size == (60, 40)
     RGB.save(tmp_path / "moving.png", save_all=True, append_images=[RGB.transpose(Image.Transpose.ROTATE_180)])
     assert np.array_equal(load_image(tmp_path / "moving.png"), PIXELS)
+
+
+def wide_profile():
+    """An ICC profile with the primaries of Display P3 and gamma 2.2: that of sRGB, its primaries and curves exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    number = lambda *values: b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+    tags = [struct.unpack_from(">4sII", data, 132 + 12 * i) for i in range(struct.unpack_from(">I", data, 128)[0])]
+    for name, at, size in tags:
+        if name in (b"rXYZ", b"gXYZ", b"bXYZ"):      # adapted to D50
+            data[at + 8:at + 20] = number(*{b"r": (0.5151, 0.2412, -0.0011), b"g": (0.2920, 0.6922, 0.0419), b"b": (0.1571, 0.0666, 0.7841)}[name[:1]])
+        elif name == b"rTRC":      # shared by all three
+            data[at:at + size] = (b"para" + struct.pack(">IHH", 0, 0, 0) + number(2.2)).ljust(size, b"\0")
+    return bytes(data)
+
+
+def shown(rgb):
+    """What (..., 3) of that profile are in sRGB: linear light, matrix from P3 to sRGB, its curve."""
+    matrix = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
+    light = np.clip((rgb / 255) ** 2.2 @ matrix.T, 0, 1)
+    return 255 * np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def test_colour_profiles_are_converted_to_srgb(tmp_path, capsys):
+    clear = RGB.copy()
+    clear.putalpha(Image.fromarray(np.arange(2400).reshape(40, 60).astype(np.uint8)))
+    wide, own = wide_profile(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, picture in (("a.png", RGB), ("a.tiff", RGB), ("a.webp", RGB), ("p.png", RGB.quantize()), ("clear.png", clear)):
+        picture.save(tmp_path / name, icc_profile=wide, **{"lossless": True} if name == "a.webp" else {})
+        want = shown(np.array(picture.convert("RGB")).astype(float))
+        if name == "clear.png":
+            want = 255 + (want - 255) * np.array(clear)[..., 3:] / 255
+        assert np.abs(load_image(tmp_path / name) - want).max() < 3, name
+    RGB.save(tmp_path / "a.jpg", icc_profile=own)
+    assert same_as_official(tmp_path / "a.jpg") and capsys.readouterr().err == ""
+    for profile in (b"nonsense", wide[:200]):
+        RGB.save(tmp_path / "bad.png", icc_profile=profile)
+        assert same_as_official(tmp_path / "bad.png") and "colour profile cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("brand, says", [("heic", "is a HEIC picture.*pillow-heif"), ("avif", "AVIF|damaged"), ("isom", "is not a picture")])
+def test_pictures_of_phones_are_named(tmp_path, monkeypatch, brand, says):
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand.encode() + b"\0\0\0\0mif1" + brand.encode() + bytes(2000))
+    with pytest.raises(ValueError, match=says) as error:
+        load_image(tmp_path / "a.jpg")
+    assert "\n" not in str(error.value)
 
 
 def png_header(width, height):
