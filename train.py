@@ -38,7 +38,7 @@ from fast import fp8
 from formats import checkpoints, lora
 from media.pictures import fit_frame, fit_picture, load_image, s2v_size
 from media.ffmpeg import probe
-from media.video import nearest_frames, read_frames
+from media.frames import nearest_frames, read_frames
 from fast.blocks import attention_backend
 from text import Tokenizer, encode_prompt
 from tiny import networks, speech

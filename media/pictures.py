@@ -6,22 +6,19 @@ Source  Wan-Video/Wan2.2@42bf4cf wan/speech2video.py (size L189-250, crop L342-3
         wan/textimage2video.py (L462-477), wan/utils/utils.py (best_output_size), and the Resize and CenterCrop of torchvision they call.
 """
 import importlib.util
-import io
 import math
 import os
-import sys
 import warnings
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")   # not EPS: it would start ghostscript
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
 MIN_SIDE = 16         # pixels; less cannot show a face
-SAME = 2              # of 255: an sRGB profile moves colours by that much, as it and Pillow's round differently; they are left alone
 MAX_PIXELS = 2**26    # 67 million, 200 MB as RGB: checked in the header, before anything is decoded
 
 
@@ -91,32 +88,13 @@ def _to_rgb(img):
         img = Image.fromarray(((grey + 128) // 257).astype(np.uint8))      # 65535 = 255 * 257
     if img.mode == "F":
         raise ValueError("floating-point pixels")
-    img = _to_srgb(img)
+    if img.info.get("icc_profile"):
+        from media.colour import to_srgb
+        img = to_srgb(img)
     if img.has_transparency_data:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
     return img.convert("RGB")
-
-
-def _to_srgb(img):
-    """Converted from the colour profile that the file holds, such as Display P3 of phones; as it is if it holds none, or one that is sRGB."""
-    if not img.info.get("icc_profile"):
-        return img
-    from PIL import ImageCms
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(img.info["icc_profile"]))
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
-        alpha = img.convert("RGBA").getchannel("A") if img.has_transparency_data else None
-        converted = ImageCms.profileToProfile(img.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        print(f"warning: the picture's colour profile cannot be used ({reason}): its colours are taken as sRGB", file=sys.stderr)
-        return img
-    if max(high for _, high in ImageChops.difference(converted, img.convert("RGB")).getextrema()) <= SAME:
-        return img
-    if alpha:
-        converted.putalpha(alpha)
-    return converted
 
 
 def s2v_size(height, width, max_area, step=64):

@@ -18,7 +18,8 @@ from PIL import Image, ImageCms
 from media import ffmpeg, pictures, video
 from media.ffmpeg import frame_rate, probe, run
 from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
-from media.video import VideoWriter, add_sound, check_output, load_pose, read_frames
+from media.frames import load_pose, read_frames
+from media.video import VideoWriter, add_sound, check_output
 
 FPS, SIZE, RATE = 16, (64, 96), 44100
 PIXELS = np.random.RandomState(0).randint(0, 256, (40, 60, 3), np.uint8)
