@@ -147,8 +147,10 @@ def examine(path, say=lambda message: None):
     for rate, block in decode(path, complaints):
         if rate < 1000:
             raise ValueError(f"wanted audio of 1 kHz or more, {path} says {rate} Hz: its header is damaged, export it again")
-        block = np.nan_to_num(block, posinf=0, neginf=0).astype(np.float64)      # refused later, if it is in the part that is used
-        power, sums, total = power + (block ** 2).sum(0), sums + (block.sum(1) ** 2).sum(), total + len(block)
+        total, added = total + len(block), np.einsum("nc,nc->c", block, block)
+        if np.isfinite(added).all():      # else refused later, if it is in the part that is used
+            power, mixed = power + added, block.sum(1)
+            sums += float(mixed @ mixed)
     seconds, (wanted, certain), channel = total / rate, announced(path), None
     if len(power) > 1 and sums < CANCELS * power.sum():
         channel = int(power.argmax())
