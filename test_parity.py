@@ -35,7 +35,7 @@ from fast.blocks import FastDenoiser
 from model import attention, expert_index, per_token
 from media.pictures import fit_frame, fit_i2v, fit_picture, fit_ti2v, i2v_size, s2v_size, ti2v_size
 from sampling import Experts, denoise, expert_guidance, make_solver
-from media.video import pose_step
+from media.frames import pose_step
 from wan_s2v import ClipInputs, RunConfig, Stages, image_condition, make_clips
 
 GOLDEN = Path(__file__).parent / "golden"

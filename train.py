@@ -21,6 +21,7 @@ import dataclasses
 import math
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from fast import fp8
 from formats import checkpoints, lora
 from media.pictures import fit_frame, fit_picture, load_image, s2v_size
 from media.ffmpeg import probe
-from media.video import read_frames
+from media.frames import nearest_frames, read_frames
 from fast.blocks import attention_backend
 from text import Tokenizer, encode_prompt
 from tiny import networks, speech
@@ -181,10 +182,10 @@ def frames_at(path, fps, area, step):
     info, frames, size = probe(path, count=False), [], None
     if not (info.fps and info.has_audio):
         raise ValueError(f"wanted videos with sound, got {path} without {'sound' if info.fps else 'a picture'}: take it out of the folder")
+    times = Counter(nearest_frames(path, fps).tolist())              # frame of the file -> how often it is used
     for number, frame in enumerate(read_frames(path)):
         size = size or s2v_size(*frame.shape[:2], area, step)
-        while round(len(frames) * info.fps / fps) == number:
-            frames.append(((fit_frame(frame, size) + 1) * 127.5).round().byte())
+        frames += [((fit_frame(frame, size) + 1) * 127.5).round().byte()] * times[number]
     if not frames:
         raise ValueError(f"{path}: no frame could be read: take it out of the folder")
     return torch.stack(frames, dim=1)

@@ -25,7 +25,7 @@ from fast.plan import FPS, WARM_UP, Plan, RunConfig, make_plan
 from fast.probe import cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
-from media.video import VideoWriter, load_pose
+from media.video import VideoWriter
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
@@ -179,6 +179,7 @@ def generate_s2v(checkpoint, plan, stage, progress):
         warn_unless_known(vae, picture, o.image, checkpoint.sampling.get("picture_db"))
     shape = (1, vae.config.z_dim, *plan.latent_shape)
     noise = [partial(draw_noise, shape, o.seed + clip, o.device, o.dtype) for clip in range(plan.clips)]       # on a GPU bf16, as official L571
+    from media.frames import load_pose
     pose = [partial(load_pose, o.pose_video, n, size, FPS, first=clip * n) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
     yield from make_clips(inputs, vae, load_experts(checkpoint, plan), o, stage, progress)

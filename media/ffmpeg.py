@@ -12,18 +12,27 @@ from fractions import Fraction
 import imageio_ffmpeg
 
 REMEDY = "pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /"
-SAMPLE_TIME = "asetpts=N/SR/TB"      # time counted in samples from the first one, as the audio encoder does, whatever timestamps the file has
+# The clock of every sound: the timestamps of its packets, from the first on. Missing packets leave silence; where timestamps go back, as where
+# two files were joined, what follows is put behind what came before. Less than 20 ms is rounding.
+CLOCK = "asetpts='st(0,if(isnan(PREV_INPTS),-PTS,if(lt(PTS+ld(0),ld(1)-0.02/TB),ld(1)-PTS,ld(0))));" \
+        "st(1,PTS+ld(0)+NB_SAMPLES/SR/TB);PTS+ld(0)',aresample=async=1:min_hard_comp=0.02:first_pts=0"
+COUNTED = "asetpts=N/SR/TB"                  # samples counted, nothing put in
+UNTIMED = ("1/14112000", "1/28224000")       # ticks of raw mp3 and aac: ffmpeg makes up their timestamps, and counts what is no sound as well
 
 
 class FFmpegError(OSError):
     """ffmpeg ran and failed."""
 
 
+class NoFFmpeg(OSError):
+    """There is no ffmpeg program."""
+
+
 def ffmpeg_command(*args):
     try:
         return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *args]
     except RuntimeError:
-        raise OSError(f"no ffmpeg program found: {REMEDY}") from None
+        raise NoFFmpeg(f"no ffmpeg program found: {REMEDY}") from None
 
 
 def source(path):
@@ -60,16 +69,22 @@ def streams(path):
     return {fields["media_type"]: fields for fields in found.values()}
 
 
+def framecrc(path, *options, kind="V"):
+    """What the framecrc muxer says of the first picture ("V") or sound ("a") -> seconds per tick (Fraction), a list of (dts, pts, duration) in ticks."""
+    report = run(*source(path), "-map", f"0:{kind}:0", *options, "-f", "framecrc", "-")
+    tick = re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)
+    packets = [line.split(",")[1:4] for line in report.splitlines() if line[0] != "#"]         # stream, dts, pts, duration, size, checksum
+    return Fraction(tick[1] if tick else 1), [tuple(map(int, packet)) for packet in packets]
+
+
 def frame_rate(path):
     """Mean frames per second of the picture, from its decoding timestamps; of a single frame, from its duration; 0 if unknown.
 
     Timestamps are whole ticks, often milliseconds. A whole rate, or one of 1000/1001 of it, is taken if the ticks allow it.
     """
-    report = run(*source(path), "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "-")
-    tick = Fraction(re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)[1])                      # seconds
-    packets = [line.split(",") for line in report.splitlines() if line[0] != "#"]              # stream, dts, pts, duration, size, checksum
-    times = [int(dts) for _, dts, *_ in packets]
-    steps, ticks = (len(times) - 1, times[-1] - times[0]) if len(times) > 1 else (1, sum(int(packet[3]) for packet in packets))
+    tick, packets = framecrc(path, "-c", "copy")
+    times = [dts for dts, *_ in packets]
+    steps, ticks = (len(times) - 1, times[-1] - times[0]) if len(times) > 1 else (1, sum(duration for *_, duration in packets))
     if not ticks:
         return 0.0
     rate = steps / (ticks * tick)
@@ -86,6 +101,7 @@ class Media:
     frames: int = 0               # decoded, not what the header claims; 0 if not counted
     video_codec: str | None = None
     audio_codec: str | None = None
+    audio_layout: str | None = None      # "mono", "stereo", "5.1", ...
     audio_duration: float = 0.0   # seconds, decoded; 0 if not counted
 
     @property
@@ -110,12 +126,21 @@ def probe(path, count=True):
         frames = decoded(path, "V", "frame") if count else 0
     if audio and count:
         seconds = decoded(path, "a", "out_time_us") / 1e6
-    return Media(width, height, fps, frames, video and video["codec_id"], audio and audio["codec_id"], seconds)
+    codecs = video and video["codec_id"], audio and audio["codec_id"]
+    return Media(width, height, fps, frames, *codecs, audio and audio.get("channel_layout_name"), seconds)
 
 
-def decoded(path, kind, field):
+def clock(path):
+    """The filter that gives a sound its times."""
+    try:
+        return COUNTED if streams(path).get("audio", {}).get("tb") in UNTIMED else CLOCK
+    except FFmpegError:      # decoding will say what is wrong
+        return CLOCK
+
+
+def decoded(path, kind, field, times=None):
     """Decode the first picture ("V") or sound ("a") to nowhere -> the last value of one field of ffmpeg's -progress report."""
-    how = ["-fps_mode", "passthrough"] if kind == "V" else ["-af", SAMPLE_TIME]
+    how = ["-fps_mode", "passthrough"] if kind == "V" else ["-af", times or clock(path)]
     report = run(*source(path), "-map", f"0:{kind}:0", *how, "-f", "null", "-progress", "pipe:1", "-nostats", "-")
     values = re.findall(rf"^{field}=(\d+)", report, re.MULTILINE)
     return int(values[-1]) if values else 0

@@ -5,6 +5,7 @@ Pixels  uint8 0..255 become float32 -1..1
 Source  Wan-Video/Wan2.2@42bf4cf wan/speech2video.py (size L189-250, crop L342-357 and L469-497), wan/image2video.py (L259-272, L314-318),
         wan/textimage2video.py (L462-477), wan/utils/utils.py (best_output_size), and the Resize and CenterCrop of torchvision they call.
 """
+import importlib.util
 import math
 import os
 import warnings
@@ -15,20 +16,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")   # not EPS: it would start ghostscript
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF")   # not EPS: it would start ghostscript
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIC")
 MIN_SIDE = 16         # pixels; less cannot show a face
 MAX_PIXELS = 2**26    # 67 million, 200 MB as RGB: checked in the header, before anything is decoded
 
 
 def load_image(path):
-    """A picture file as an RGB PIL image: first frame, upright as its EXIF says, transparency over white, 16-bit grey scaled to 8 bit.
+    """A picture file as an RGB PIL image in sRGB: first frame, upright as its EXIF says, transparency over white, 16-bit grey scaled to 8 bit.
 
-    For opaque upright 8-bit pictures this is what the official `Image.open(path).convert("RGB")` gives, bit for bit.
+    HEIC is read where the package pillow-heif is installed. For opaque upright 8-bit pictures in sRGB this is what the official `Image.open(path).convert("RGB")` gives, bit for bit.
     raises  ValueError (one line) if the file is missing, not a picture, damaged, under 16 pixels a side or over 67 megapixels
     """
     if not os.path.isfile(path):
         raise ValueError(f"picture not found: {path}")
     Image.init()      # registers every format; without it only the common ones are known by name
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+        pillow_heif.register_heif_opener()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")      # Pillow warns of large pictures and damaged EXIF; both are dealt with here
         with _as_value_error(path):
@@ -46,13 +51,25 @@ def _too_many_pixels(path):
     return f"{path} has too many pixels, wanted at most {MAX_PIXELS // 10**6} million (8192x8192): scale it down first"
 
 
+def _unknown(path):
+    with open(path, "rb") as file:
+        head = file.read(12)
+    name = BRANDS.get(head[8:]) if head[4:8] == b"ftyp" else None
+    if name is None:
+        return f"{path} is not a picture: wanted JPEG, PNG, WebP, BMP, GIF or TIFF"
+    if importlib.util.find_spec("pillow_heif") and name == "HEIC":
+        return f"{path} is a damaged {name} picture: save it again as JPEG or PNG"
+    remedy = "pip install pillow-heif" if name == "HEIC" else "pip install a Pillow with AVIF"
+    return f"{path} is a {name} picture, which this Pillow cannot read: {remedy}, or save it as JPEG or PNG"
+
+
 @contextmanager
 def _as_value_error(path):
     """Any error of a decoder (OSError, SyntaxError, struct.error, zlib.error, EOFError ...) becomes a one-line ValueError."""
     try:
         yield
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture: wanted JPEG, PNG, WebP, BMP, GIF or TIFF") from None
+        raise ValueError(_unknown(path)) from None
     except Image.DecompressionBombError:
         raise ValueError(_too_many_pixels(path)) from None
     except Exception as error:
@@ -71,6 +88,9 @@ def _to_rgb(img):
         img = Image.fromarray(((grey + 128) // 257).astype(np.uint8))      # 65535 = 255 * 257
     if img.mode == "F":
         raise ValueError("floating-point pixels")
+    if img.info.get("icc_profile"):
+        from media.colour import to_srgb
+        img = to_srgb(img)
     if img.has_transparency_data:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)

@@ -1,5 +1,6 @@
-"""Sound in: any audio file, or the sound of a video file, as 16 kHz mono samples.
+"""Sound in: any audio file, or the sound of a video file, as 16 kHz mono samples for the model, as it is for the mp4.
 
+Both come from one decoder, ffmpeg, and one clock: its timestamps from the first sample on. Where packets are missing there is silence.
 Source  Wan-Video/Wan2.2@42bf4cf wan/modules/s2v/audio_encoder.py L75, which calls librosa.load
 """
 import math
@@ -8,17 +9,19 @@ import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
 import soxr
 import torch
 
-from media.ffmpeg import FFmpegError, ffmpeg_command, last_line, source, streams
+from media.ffmpeg import COUNTED, FFmpegError, NoFFmpeg, clock, decoded, ffmpeg_command, last_line, source, streams
 
 RATE = 16000         # Hz, what wav2vec2 was trained on
 MIN_SAMPLES = 720    # 45 ms: two wav2vec2 windows of 400 samples, 320 apart, the least that gives one audio frame at 30 a second
-BLOCK = 1 << 13      # native samples decoded at a time; also what a damaged flac can lose before its bad spot
+BLOCK = 1 << 13      # native samples decoded at a time
+CANCELS = 0.01       # channels cancel if their sum has less than this share of the power that it would have if they were independent
 
 
 def warn(message):
@@ -37,13 +40,6 @@ def check_source(path):
         raise ValueError(f"cannot read the audio file {path} ({e.strerror}): check the path and its permissions") from None
 
 
-class Stream(soundfile.SoundFile):
-    """Reads without seeking: soundfile seeks after every read of a seekable file, which corrupts some mp3 at the joins (by 0.12)."""
-
-    def seekable(self):
-        return False
-
-
 def held_share(path):
     """How much of the sound chunk that its header promises a wav or aiff file holds, up to 1; 1 for other formats."""
     with open(path, "rb") as f:
@@ -57,27 +53,37 @@ def held_share(path):
     return 1
 
 
+def announced(path):
+    """Seconds that the header of a file promises, as libsndfile reads it, and whether they are no guess (mp3 may not say); 0 if it cannot."""
+    try:
+        with open(path, "rb") as f, soundfile.SoundFile(f) as file:      # opened here, so that libsndfile goes by the content, not by the name
+            frames = file.frames if file.frames < 2**40 else 0           # flac written to a pipe says 2**63
+            return frames / (held_share(path) or 1) / file.samplerate, file.format != "MP3"
+    except (soundfile.LibsndfileError, TypeError):                       # TypeError: a name ending in .raw
+        return 0, False
+
+
+def silence_put_in(path, seconds):
+    """How much of the decoded `seconds` stands for packets that are missing or damaged."""
+    try:
+        return seconds - decoded(path, "a", "out_time_us", COUNTED) / 1e6
+    except FFmpegError:      # more damage than sound
+        return 0.0
+
+
 def decode_soundfile(path):
-    """Yield (rate, block (n, channels) float32); nothing at all if libsndfile cannot read the file."""
-    with open(path, "rb") as f:      # opened here, so that libsndfile goes by the content and not by the name
-        try:
-            file = Stream(f)
-        except (soundfile.LibsndfileError, TypeError):      # TypeError: a name ending in .raw
-            return
-        announced, read = file.frames / (held_share(path) or 1) if file.frames < 2**40 else 0, 0      # flac written to a pipe says 2**63
-        try:
+    """Yield (rate, block (n, channels) float32) without ffmpeg; nothing at all if libsndfile cannot read the file."""
+    try:
+        with open(path, "rb") as f, soundfile.SoundFile(f) as file:
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-                read += len(block)
                 yield file.samplerate, block
-        except soundfile.LibsndfileError:
-            pass      # a damaged flac: reported below
-        if MIN_SAMPLES * file.samplerate < read * RATE < 0.99 * announced * RATE:      # mp3 lengths are estimates
-            warn(f"{path} announces {announced / file.samplerate:.2f} s but breaks off after {read / file.samplerate:.2f} s: using those")
+    except (soundfile.LibsndfileError, TypeError):
+        return
 
 
-def decode_ffmpeg(path):
-    """Yield (rate, block (n, channels) float32) of the first audio stream, through the bundled ffmpeg."""
-    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "-")      # .au: no length needed
+def decode_ffmpeg(path, complaints):
+    """Yield (rate, block (n, channels) float32) of the first audio stream, as .au, which needs no length; `complaints` takes words of damage."""
+    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:a:0", "-af", clock(path), "-c:a", "pcm_f32be", "-f", "au", "-")
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
         try:
             read, head = 0, process.stdout.read(24)
@@ -88,18 +94,20 @@ def decode_ffmpeg(path):
                     block = np.frombuffer(data, ">f4", len(data) // (4 * channels) * channels).reshape(-1, channels)
                     read += len(block)
                     yield rate, block.astype(np.float32)
+            process.wait()      # it may still have something to say
         finally:
             process.kill()      # the caller may have enough before the end
         log.seek(0)
         errors = log.read().splitlines()
-    reason = last_line(b"\n".join(errors[:1]), process.returncode)
-    if errors and read:
-        warn(f"ffmpeg reads {path} with errors ({reason}): using the {read / rate:.2f} s it gives")
-    elif errors and holds_picture_only(path):
+    if not errors:
+        return
+    reason = last_line(errors[0], process.returncode)
+    if not read and holds_picture_only(path):
         raise ValueError(f"wanted a file with sound, got {path} without an audio stream: give the audio file itself")
-    elif errors:
-        raise ValueError(f"wanted wav, flac, ogg, mp3, m4a, aac, opus, webm or a video with sound, got {path}, which libsndfile "
-                         f"and ffmpeg cannot read ({reason}): convert it")
+    if not read:
+        raise ValueError(f"wanted wav, flac, ogg, mp3, m4a, aac, opus, webm or a video with sound, got {path}, which ffmpeg "
+                         f"cannot read ({reason}): convert it")
+    complaints.append(reason)
 
 
 def holds_picture_only(path):
@@ -109,60 +117,93 @@ def holds_picture_only(path):
         return False
 
 
-def decode(path):
-    """libsndfile first, as librosa does; ffmpeg for what libsndfile cannot read."""
-    blocks = decode_soundfile(path)
-    first = next(blocks, None)
-    if first is None:
-        yield from decode_ffmpeg(path)
-    else:
+def decode(path, complaints):
+    """ffmpeg; without one, PNG frames can still be made for what libsndfile reads."""
+    try:
+        yield from decode_ffmpeg(path, complaints)
+    except NoFFmpeg:
+        blocks = decode_soundfile(path)
+        first = next(blocks, None)
+        if first is None:
+            raise
         yield first
         yield from blocks
 
 
-def mono_blocks(path, start, duration):
-    """Yield (rate, samples (n,)) of the wanted part, channels averaged; the errors of load_audio."""
-    seen = used = 0  # native samples decoded, and kept
-    rate = RATE
-    for rate, block in decode(path):
+@dataclass(frozen=True)
+class Recording:
+    """What decoding a whole file shows."""
+    rate: int              # Hz
+    channels: int
+    seconds: float
+    channel: int | None    # the only one heard, as the sum of all is silent; None: all
+    clean: bool            # ffmpeg had nothing to complain of
+
+
+def examine(path, say=lambda message: None):
+    """Decode the whole of a sound -> Recording.  say: is given one line for each thing that is wrong with it"""
+    check_source(path)
+    rate, total, power, sums, complaints = RATE, 0, np.zeros(1), 0.0, []
+    for rate, block in decode(path, complaints):
         if rate < 1000:
             raise ValueError(f"wanted audio of 1 kHz or more, {path} says {rate} Hz: its header is damaged, export it again")
-        first = int(start * rate)
-        last = first + int(duration * rate) if duration is not None else sys.maxsize
-        part = block.T.mean(axis=0)[max(first - seen, 0):max(last - seen, 0)]
+        total, added = total + len(block), np.einsum("nc,nc->c", block, block)
+        if np.isfinite(added).all():      # else refused later, if it is in the part that is used
+            power, mixed = power + added, block.sum(1)
+            sums += float(mixed @ mixed)
+    seconds, (wanted, certain), channel = total / rate, announced(path), None
+    if len(power) > 1 and sums < CANCELS * power.sum():
+        channel = int(power.argmax())
+        say(f"the {len(power)} channels of {path} cancel each other: channel {channel + 1} alone is used")
+    short = wanted - seconds > 0.01 * wanted
+    if certain and short and total >= MIN_SAMPLES * rate / RATE:
+        say(f"{path} announces {wanted:.2f} s but breaks off after {seconds:.2f} s: using those")
+    elif complaints and total:
+        lost = wanted - seconds if short else silence_put_in(path, seconds)
+        what = f"damaged, {lost:.2f} s of it are lost" if lost > 0.01 else "damaged or joined"
+        say(f"ffmpeg reads {path} with errors ({complaints[0]}), it is {what}: using the {seconds:.2f} s it gives")
+    return Recording(rate, len(power), seconds, channel, not complaints and not (certain and short))
+
+
+def cut(path, recording, start, duration):
+    """Yield the samples (n, channels) float32 of a part of a file, of one channel where the channels cancel; the errors of load_audio."""
+    seen = used = 0  # native samples decoded, and kept
+    rate = recording.rate
+    first = int(start * rate)
+    last = first + int(duration * rate) if duration is not None else sys.maxsize
+    for _, block in decode(path, []):
+        part = block[max(first - seen, 0):max(last - seen, 0)]
         if not np.isfinite(part).all():
-            at = (max(first, seen) + int(np.argmin(np.isfinite(part)))) / rate
+            at = (max(first, seen) + int(np.argmin(np.isfinite(part).all(1)))) / rate
             raise ValueError(f"{path} has NaN or infinite samples (first at {at:.3f} s): export it again with numbers only")
         seen, used = seen + len(block), used + len(part)
         if len(part):
-            yield rate, part
+            yield part if recording.channel is None else part[:, recording.channel:recording.channel + 1]
         if seen >= last:
             return
     if not used:
         wanted = f"start at {start:g} s" if seen else "some sound"
         raise ValueError(f"wanted {wanted}, got {path} of {seen / rate:.2f} s: give a {'smaller start' if seen else 'longer recording'}")
-    if duration is not None:
-        warn(f"{path} has {used / rate:.2f} s from {start:g} s on, not the {duration:g} s wanted: using those")
 
 
 def load_audio(path, start=0.0, duration=None):
     """Any audio file, or the sound of a video file, as 16 kHz mono.
 
-    path      wav, flac, ogg, mp3, ... by libsndfile; m4a, aac, webm, mp4, ... by ffmpeg (first audio stream)
+    path      whatever ffmpeg reads (first audio stream); without an ffmpeg wav, flac, ogg, mp3, ... by libsndfile
     start     seconds to skip        duration  seconds to use, None = to the end (a shorter file gives a warning)
     returns   (samples,) float32 at 16 kHz, nominally in [-1, 1]; decoded in blocks, so memory is about twice the result
     raises    ValueError: file missing, unreadable, without sound, not finite, shorter than 45 ms, or start past its end
-    warns     on stderr: silence, file cut short or damaged (what is there is used)
-    parity    the bits of librosa.load(path, sr=16000); ffmpeg's lossy formats within 2e-5, as librosa takes them through 16 bits
+    warns     on stderr: silence, channels that cancel (one is used), file cut short or damaged (what is there is used)
+    parity    the bits of librosa.load(path, sr=16000) for wav and flac, lossy formats within 5e-5, where libsndfile reads all of the file
     source    official L75
     """
     path = os.fspath(path)
     if not (0 <= start < math.inf) or duration is not None and not (0 < duration < math.inf):
         raise ValueError(f"wanted start >= 0 s and duration > 0 s, got start {start} and duration {duration}: change them")
-    check_source(path)
-    resampler, used, parts = None, 0, []
-    for rate, part in mono_blocks(path, start, duration):
-        used += len(part)
+    recording = examine(path, warn)
+    rate, resampler, used, parts = recording.rate, None, 0, []
+    for part in cut(path, recording, start, duration):
+        part, used = part.T.mean(axis=0), used + len(part)
         if rate != RATE:
             resampler = resampler or soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
             part = resampler.resample_chunk(np.ascontiguousarray(part))
@@ -171,6 +212,8 @@ def load_audio(path, start=0.0, duration=None):
         parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
         length = math.ceil(used * (RATE / rate))  # librosa's length; soxr may fall one sample short
         parts.append(np.zeros(max(length - sum(map(len, parts)), 0), np.float32))
+    if duration is not None and used < int(duration * rate):
+        warn(f"{path} has {used / rate:.2f} s from {start:g} s on, not the {duration:g} s wanted: using those")
     wav = np.concatenate(parts)
     if len(wav) < MIN_SAMPLES:
         raise ValueError(f"wanted at least {1000 * MIN_SAMPLES // RATE} ms of sound, got {1000 * len(wav) / RATE:.1f} ms "

@@ -1,7 +1,7 @@
-"""Video files out and in: finished clips with the original sound, pose frames. Through the ffmpeg program that imageio-ffmpeg brings.
+"""Video files out: finished clips with the original sound. Through the ffmpeg program that imageio-ffmpeg brings.
 
 Axes    P frames   H W height and width in pixels; clips are (3, P, H, W) float in [-1, 1], sizes (height, width)
-Source  Wan-Video/Wan2.2@42bf4cf wan/utils/utils.py (save_video, merge_video_audio), wan/speech2video.py (L297-376)
+Source  Wan-Video/Wan2.2@42bf4cf wan/utils/utils.py (save_video, merge_video_audio)
 Unlike the official code, which catches every error here, whatever goes wrong is raised as a one-line ValueError or OSError.
 """
 import itertools
@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 
@@ -18,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from media.ffmpeg import REMEDY, SAMPLE_TIME, FFmpegError, decoded, ffmpeg_command, last_line, probe, run, source
-from media.pictures import fit_frame
+from media.ffmpeg import REMEDY, FFmpegError, ffmpeg_command, framecrc, last_line, probe, run, source
+from media.sound import Recording, cut, examine
 
 SUFFIXES = (".mp4", ".mov")
-MP4_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")      # copied as they are; Opus and FLAC are legal too, but many players stay silent
+MONO_STEREO = ("mono", "stereo")      # 7.1 AAC plays almost nowhere
 QUALITY = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "10"]      # the official quality=8, but 1.2x the size in half the time
 # Tagged BT.709, so that players show the colours that went in; untagged files (the official ones) are guessed at by size.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p," \
@@ -36,10 +35,11 @@ CONTAINER = ["-map_metadata", "-1", "-movflags", "+faststart", "-f", "mp4"]     
 class Sound:
     """A stretch of a sound file, and where it stands under the picture (all in seconds)."""
     path: str
+    recording: Recording
     start: float         # first second used
     seconds: float       # length used
     delay: float         # silence before it
-    as_is: bool          # the whole file, not shifted, in a form that mp4 can hold
+    as_is: bool          # the whole file, not shifted nor damaged, AAC of one or two channels: every player has that; mp4 may hold more
 
     @property
     def end(self):
@@ -51,25 +51,46 @@ def open_sound(path, start=0.0, duration=None, shift=0.0):
     info = probe(path, count=False)
     if not info.has_audio:
         raise ValueError(f"{path} holds no sound")
-    length = decoded(path, "a", "out_time_us") / 1e6
-    begin = start + max(0.0, -shift)
+    recording = examine(path)
+    length, begin = recording.seconds, start + max(0.0, -shift)
     end = length if duration is None else min(length, start + duration)
     if end <= begin:
         raise ValueError(f"{path} is {length:.2f} s long, nothing is left of it from {begin:.2f} s on: choose an earlier start")
-    whole = begin == 0 and shift <= 0 and end == length
-    as_is = whole and info.audio_codec in MP4_SOUND and info.video_codec is None      # beside a picture, sound may not start at 0
-    return Sound(path, begin, end - begin, max(0.0, shift), as_is)
+    whole = begin == 0 and shift <= 0 and end == length and recording.clean and recording.channel is None
+    plays = info.audio_codec == "aac" and info.audio_layout in MONO_STEREO
+    as_is = whole and plays and info.video_codec is None and _without_gaps(path)      # beside a picture, sound may not start at 0
+    return Sound(path, recording, begin, end - begin, max(0.0, shift), as_is)
+
+
+def _without_gaps(path):
+    """Whether each packet of the sound begins where the one before ends, so that counting samples and reading timestamps is the same."""
+    tick, packets = framecrc(path, "-c", "copy", kind="a")
+    return all(abs(later[1] - earlier[1] - earlier[2]) * tick < 0.002 for earlier, later in zip(packets, packets[1:]))
 
 
 def add_sound(video, sound, seconds, target):
-    """Write `target`: the picture of `video` (copied), `seconds` long, and `sound`: copied if nothing has to be cut, otherwise as AAC."""
+    """Write `target`: the picture of `video` (copied), `seconds` long, and `sound`: copied if nothing has to be cut, otherwise as AAC of the
+    samples that the model hears."""
     if sound.as_is and sound.end < seconds + 1e-3:
-        codec = ["-c:a", "copy"]
-    else:
-        end = sound.start + min(sound.seconds, seconds - sound.delay)
-        codec = ["-c:a", "aac", "-b:a", "192k", "-af", f"{SAMPLE_TIME},atrim=start={sound.start:.6f}:end={end:.6f},{SAMPLE_TIME},"
-                 f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts=mono|stereo"]      # 7.1 AAC plays almost nowhere
-    run("-y", "-i", video, *source(sound.path), "-map", "0:v:0", "-map", "1:a:0", "-c:v", "copy", *codec, *CONTAINER, target)
+        run("-y", "-i", video, *source(sound.path), "-map", "0:v:0", "-map", "1:a:0", "-c", "copy", *CONTAINER, target)
+        return
+    channels = 1 if sound.recording.channel is not None else sound.recording.channels
+    samples = ["-f", "f32le", "-ar", str(sound.recording.rate), "-ac", str(channels), "-i", "pipe:0"]
+    codec = ["-c:v", "copy", "-c:a", "aac", "-b:a", "192k", "-af", f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
+    command = ffmpeg_command("-v", "error", "-y", "-i", str(video), *samples, "-map", "0:v:0", "-map", "1:a:0", *codec, *CONTAINER, str(target))
+    with tempfile.TemporaryFile() as log:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log) as encoder:
+            try:
+                for part in cut(sound.path, sound.recording, sound.start, min(sound.seconds, seconds - sound.delay)):
+                    encoder.stdin.write(np.ascontiguousarray(part, "<f4"))
+            except BrokenPipeError:      # the encoder says why
+                pass
+            except BaseException:
+                encoder.kill()
+                raise
+        log.seek(0)
+        if encoder.returncode:
+            raise FFmpegError(f"ffmpeg failed: {last_line(log.read(), encoder.returncode)}")
 
 
 # ---- out
@@ -260,7 +281,7 @@ class VideoWriter:
                     add_sound(self.temp, self.sound, seconds, muxed)
                     os.replace(muxed, self.temp)
                 os.replace(self.temp, target)
-            except OSError as error:      # the picture is finished: hours of work are not thrown away for its sound or its name
+            except (OSError, ValueError) as error:      # the picture is finished: hours of work are not thrown away for its sound or its name
                 kept = self._partial_name()
                 os.replace(self.temp, kept)
                 raise OSError(f"cannot finish {target} ({error}); the finished picture is kept as {kept}") from None
@@ -275,55 +296,3 @@ class VideoWriter:
             self.summary += f"; {self.dropped} frames after the end of the sound left out"
         if self.sound and self.sound.end - seconds > 1 / self.fps:
             self.summary += f"; the last {self.sound.end - seconds:.3f} s of the sound have no picture and were cut"
-
-
-# ---- pose frames in
-
-def pose_step(video_fps, fps=16):
-    """Every how many-th frame of a pose video is used; round half to even as official L318 (24, 25, 30, 40 -> 2; 12 -> 1)."""
-    return max(1, round(video_fps / fps))
-
-
-def load_pose(path, frames, size, fps=16, first=0, official=False):
-    """Pose frames first ... first + frames - 1 of the video to make, as one tensor.
-
-    size      (height, width) of the video; each frame is laid over it as the reference picture is (official: with grey bars, see fit_frame)
-    returns   (3, frames, H, W) float32 in [-1, 1]; where the pose video has ended the rest is -1 (black: no pose), with a warning
-    raises    ValueError (one line) if the file is missing or not a video
-    """
-    info = probe(path, count=False)
-    if info.video_codec is None:
-        raise ValueError(f"{path} holds no picture: wanted a pose video")
-    clip, n = torch.full((3, frames, *size), -1.0), max(0, first - 1)
-    before = n      # one frame more than needed tells whether the video ends in this clip or ended earlier
-    for frame in read_frames(path, pose_step(info.fps, fps), before, first + frames - before):
-        if n >= first:
-            clip[:, n - first] = fit_frame(frame, size, official)
-        n += 1
-    if n == 0:
-        raise ValueError(f"{path}: no video frame could be read")
-    if before < n < first + frames:
-        print(f"warning: the pose video ends after {n} frames at {fps:g} fps: no pose from there on", file=sys.stderr)
-    return clip
-
-
-def read_frames(path, every=1, first=0, count=None):
-    """Frames first * every, (first + 1) * every, ... of a video, `count` of them or all -> iterator of (h, w, 3) uint8.
-
-    One frame at a time comes through a pipe, so a long video is never in memory; as PPM, which tells its own size (after rotation).
-    """
-    chosen = rf"select=gte(n\,{first * every})*not(mod(n\,{every}))"
-    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:V:0", "-vf", chosen, "-fps_mode", "passthrough",
-                             *([] if count is None else ["-frames:v", str(count)]),
-                             "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-")
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as ffmpeg:
-        try:
-            while ffmpeg.stdout.readline() == b"P6\n":
-                w, h = map(int, ffmpeg.stdout.readline().split())
-                ffmpeg.stdout.readline()      # 255
-                frame = np.empty(h * w * 3, np.uint8)
-                if ffmpeg.stdout.readinto(frame) < frame.size:
-                    break
-                yield frame.reshape(h, w, 3)
-        finally:
-            ffmpeg.kill()

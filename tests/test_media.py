@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from media import ffmpeg, video
+from media import ffmpeg, pictures, video
 from media.ffmpeg import frame_rate, probe, run
 from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
-from media.video import VideoWriter, add_sound, check_output, load_pose, read_frames
+from media.frames import load_pose, read_frames
+from media.video import VideoWriter, add_sound, check_output
 
 FPS, SIZE, RATE = 16, (64, 96), 44100
 PIXELS = np.random.RandomState(0).randint(0, 256, (40, 60, 3), np.uint8)
@@ -67,6 +68,52 @@ def test_exif_rotation_and_first_frame(tmp_path):
     assert load_image(tmp_path / "damaged.jpg").size == (60, 40)
     RGB.save(tmp_path / "moving.png", save_all=True, append_images=[RGB.transpose(Image.Transpose.ROTATE_180)])
     assert np.array_equal(load_image(tmp_path / "moving.png"), PIXELS)
+
+
+def wide_profile():
+    """An ICC profile with the primaries of Display P3 and gamma 2.2: that of sRGB, its primaries and curves exchanged."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    number = lambda *values: b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+    tags = [struct.unpack_from(">4sII", data, 132 + 12 * i) for i in range(struct.unpack_from(">I", data, 128)[0])]
+    for name, at, size in tags:
+        if name in (b"rXYZ", b"gXYZ", b"bXYZ"):      # adapted to D50
+            data[at + 8:at + 20] = number(*{b"r": (0.5151, 0.2412, -0.0011), b"g": (0.2920, 0.6922, 0.0419), b"b": (0.1571, 0.0666, 0.7841)}[name[:1]])
+        elif name == b"rTRC":      # shared by all three
+            data[at:at + size] = (b"para" + struct.pack(">IHH", 0, 0, 0) + number(2.2)).ljust(size, b"\0")
+    return bytes(data)
+
+
+def shown(rgb):
+    """What (..., 3) of that profile are in sRGB: linear light, matrix from P3 to sRGB, its curve."""
+    matrix = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
+    light = np.clip((rgb / 255) ** 2.2 @ matrix.T, 0, 1)
+    return 255 * np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def test_colour_profiles_are_converted_to_srgb(tmp_path, capsys):
+    clear = RGB.copy()
+    clear.putalpha(Image.fromarray(np.arange(2400).reshape(40, 60).astype(np.uint8)))
+    wide, own = wide_profile(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for name, picture in (("a.png", RGB), ("a.tiff", RGB), ("a.webp", RGB), ("p.png", RGB.quantize()), ("clear.png", clear)):
+        picture.save(tmp_path / name, icc_profile=wide, **{"lossless": True} if name == "a.webp" else {})
+        want = shown(np.array(picture.convert("RGB")).astype(float))
+        if name == "clear.png":
+            want = 255 + (want - 255) * np.array(clear)[..., 3:] / 255
+        assert np.abs(load_image(tmp_path / name) - want).max() < 3, name
+    RGB.save(tmp_path / "a.jpg", icc_profile=own)
+    assert same_as_official(tmp_path / "a.jpg") and capsys.readouterr().err == ""
+    for profile in (b"nonsense", wide[:200]):
+        RGB.save(tmp_path / "bad.png", icc_profile=profile)
+        assert same_as_official(tmp_path / "bad.png") and "colour profile cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("brand, says", [("heic", "is a HEIC picture.*pillow-heif"), ("avif", "AVIF|damaged"), ("isom", "is not a picture")])
+def test_pictures_of_phones_are_named(tmp_path, monkeypatch, brand, says):
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand.encode() + b"\0\0\0\0mif1" + brand.encode() + bytes(2000))
+    with pytest.raises(ValueError, match=says) as error:
+        load_image(tmp_path / "a.jpg")
+    assert "\n" not in str(error.value)
 
 
 def png_header(width, height):
@@ -189,7 +236,8 @@ def test_round_trip(tmp_path):
     ("wav", {}, 48, 48, "aac"),                                      # 3.0 s = 48 frames
     ("wav", {}, 45, 45, "aac"),                                      # the sound is cut
     ("wav", {}, 60, 48, "aac"),                                      # the picture is cut
-    ("m4a", {}, 60, 48, "aac"), ("mp3", {}, 48, 48, "mp3"),          # copied
+    ("m4a", {}, 60, 48, "aac"),                                      # copied
+    ("mp3", {}, 48, 48, "aac"),
     ("mp3", {}, 45, 45, "aac"), ("mp3", {"av_offset": 3}, 60, 51, "aac"), ("opus", {}, 48, 48, "aac"),
     ("mp3", {"start": 0.75, "duration": 1.5}, 48, 24, "aac"),
     ("wav", {"av_offset": 3}, 48, 48, "aac"), ("wav", {"av_offset": -3}, 48, 45, "aac")])
@@ -209,6 +257,19 @@ def test_sound_stays_with_the_picture(tmp_path, sound, options, P, frames, codec
     seen, heard = seen_and_heard(tmp_path / "a.mp4")
     assert seen.tolist() == times and len(heard) == len(times) and np.abs(heard - seen).max() < 0.002      # seconds; a frame is 0.0625
     assert b"private" not in (tmp_path / "a.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("name, options, copied", [
+    ("a.m4a", ["-c:a", "aac"], True), ("a.m4a", ["-c:a", "aac", "-ac", "8"], False), ("a.m4a", ["-c:a", "alac"], False),
+    ("a.mp3", [], False), ("a.ac3", [], False), ("a.eac3", ["-c:a", "eac3"], False), ("a.mp4", ["-c:a", "flac"], False)])
+def test_written_sound_plays_everywhere(tmp_path, name, options, copied):
+    """AAC of one or two channels, whatever came, behind the index of the file: others are silent in QuickTime, on iOS or in browsers."""
+    run("-f", "lavfi", "-i", "anoisesrc=d=2:r=48000", *options, tmp_path / name)
+    with VideoWriter(tmp_path / "out.mp4", SIZE, FPS, audio=tmp_path / name) as out:
+        out.write(smooth(40))
+    info, data = probe(tmp_path / "out.mp4"), (tmp_path / "out.mp4").read_bytes()
+    assert out.sound.as_is == copied and info.audio_codec == "aac" and info.audio_layout in ("mono", "stereo")
+    assert data.index(b"moov") < data.index(b"mdat") and abs(info.audio_duration - 2) < 0.05      # ac3 holds whole packets
 
 
 def test_sound_of_a_video_starts_with_its_first_sample(tmp_path):
@@ -375,11 +436,28 @@ def numbers(clip):
 
 
 @pytest.mark.parametrize("fps, step", [(12, 1), (24, 2), (60, 4)])
-def test_pose_sampling(tmp_path, fps, step):
+def test_official_pose_sampling(tmp_path, fps, step):
     numbered_video(tmp_path / "a.mp4", 40, fps)
     every = list(range(0, 40, step))[:10]
-    assert numbers(load_pose(tmp_path / "a.mp4", 10, SIZE)) == every
-    assert numbers(load_pose(tmp_path / "a.mp4", 4, SIZE, first=3)) == every[3:7]
+    assert numbers(load_pose(tmp_path / "a.mp4", 10, SIZE, official=True)) == every
+    assert numbers(load_pose(tmp_path / "a.mp4", 4, SIZE, first=3, official=True)) == every[3:7]
+
+
+@pytest.mark.parametrize("fps", [10, 16, 23.976, 24, 25, 30, 60])
+def test_pose_keeps_its_speed(tmp_path, fps):
+    """Pose frame i is the frame of the file nearest to i/16 s."""
+    numbered_video(tmp_path / "a.mp4", 60, fps)
+    got = np.array(numbers(load_pose(tmp_path / "a.mp4", 12, SIZE, first=4)))
+    assert np.abs(got / fps - np.arange(4, 16) / FPS).max() <= 0.5001 / fps
+
+
+def test_pose_keeps_its_speed_at_uneven_rates(tmp_path):
+    """Of 60 frames a second two in three are kept, and none between 0.5 and 1 s, as screen recorders do where nothing moves."""
+    numbered_video(tmp_path / "even.mp4", 120, 60)
+    run("-i", tmp_path / "even.mp4", "-vf", r"select=mod(n+1\,3)*not(between(n\,30\,59))", "-fps_mode", "vfr", "-qp", "0", tmp_path / "a.mp4")
+    kept = np.array([n for n in range(120) if n % 3 != 2 and not 30 <= n < 60])
+    wanted = np.arange(24) / FPS * 60
+    assert np.abs(np.array(numbers(load_pose(tmp_path / "a.mp4", 24, SIZE))) - wanted).tolist() == np.abs(kept[:, None] - wanted).min(0).tolist()
 
 
 @pytest.mark.parametrize("name, rate", [("a.mp4", "24"), ("a.mkv", "24"), ("a.mkv", "30000/1001"), ("a.avi", "30000/1001"), ("a.webm", "25")])

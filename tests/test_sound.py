@@ -1,5 +1,6 @@
 """Sound files in: formats, parts, damaged and bad files, all made here.  python -m pytest tests/test_sound.py   (seconds, CPU)"""
 import math
+import re
 import struct
 import subprocess
 
@@ -10,7 +11,8 @@ import soxr
 import torch
 
 from media.ffmpeg import ffmpeg_command, run
-from media.sound import decode_soundfile, load_audio
+from media.sound import load_audio
+from media.video import VideoWriter
 
 
 def speech(rate, seconds=2.0, channels=1):
@@ -23,7 +25,7 @@ def speech(rate, seconds=2.0, channels=1):
 @pytest.mark.parametrize("ext, rate, channels, subtype", [
     ("wav", 16000, 1, "PCM_16"), ("wav", 44100, 2, "PCM_16"), ("wav", 8000, 1, "PCM_U8"), ("wav", 48000, 2, "PCM_24"),
     ("wav", 48000, 8, "FLOAT"), ("flac", 22050, 2, "PCM_16"),
-    ("aiff", 44100, 1, "PCM_16"), ("ogg", 44100, 2, "VORBIS"), ("ogg", 48000, 1, "OPUS"), ("mp3", 44100, 2, "MPEG_LAYER_III")])
+    ("aiff", 44100, 1, "PCM_16"), ("mp3", 44100, 2, "MPEG_LAYER_III")])
 def test_soundfile_formats(tmp_path, capfd, ext, rate, channels, subtype):
     path = tmp_path / f"a.{ext}"
     soundfile.write(path, speech(rate, 2.003, channels), rate, subtype=subtype)
@@ -31,13 +33,13 @@ def test_soundfile_formats(tmp_path, capfd, ext, rate, channels, subtype):
     want = soxr.resample(stored, rate, 16000, quality="HQ") if rate != 16000 else stored   # what librosa.load does
     want = np.pad(want, (0, math.ceil(len(stored) * (16000 / rate)) - len(want)))
     got = load_audio(path)
-    exact = 2e-7 if ext == "mp3" else 0  # libmpg123 rounds differently from one opening of a file to the next
+    exact = 5e-6 if ext == "mp3" else 0  # decoders of lossy formats round differently
     assert got.dtype == torch.float32 and got.shape == want.shape and np.abs(got.numpy() - want).max() <= exact
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name, options", [
-    ("a.m4a", ["-c:a", "aac"]), ("a.aac", ["-c:a", "aac"]), ("a.opus", ["-c:a", "libopus"]), ("a.webm", ["-c:a", "libopus"]),
+    ("a.m4a", ["-c:a", "aac"]), ("a.aac", ["-c:a", "aac"]), ("a.opus", ["-c:a", "libopus"]), ("a.webm", ["-c:a", "libopus"]), ("a.ogg", ["-c:a", "libvorbis"]),
     ("a.mkv", ["-c:a", "pcm_s16le"]), ("-odd: %d é.m4a", ["-c:a", "aac"]),
     ("film.mp4", ["-f", "lavfi", "-i", "testsrc=s=64x64:d=2", "-c:a", "aac", "-pix_fmt", "yuv420p"])])
 def test_ffmpeg_formats(tmp_path, name, options):
@@ -49,13 +51,6 @@ def test_ffmpeg_formats(tmp_path, name, options):
     spectrum = torch.fft.rfft(got[:n], 2 * n).conj() * torch.fft.rfft(want[:n], 2 * n)
     match = torch.fft.irfft(spectrum).max() / (got[:n].norm() * want[:n].norm())
     assert match > 0.99, f"{name}: best correlation with the original {match:.4f}"
-
-
-def test_mp3_in_blocks_equals_one_read(tmp_path):
-    path, noise = tmp_path / "a.mp3", np.random.RandomState(0).standard_normal(66150) * 0.1   # noise fills the bit reservoir
-    soundfile.write(path, noise, 22050)
-    got = np.concatenate([block for _, block in decode_soundfile(path)])[:, 0]
-    assert np.abs(got - soundfile.read(path, dtype="float32")[0]).max() < 2e-7                # with seeks between blocks: 0.12
 
 
 def test_start_and_duration(tmp_path, capsys):
@@ -138,7 +133,111 @@ def test_sizes_left_open_by_pipes_are_normal(tmp_path, capfd):
 
 
 def test_silence_is_allowed(tmp_path, capsys):
-    x = speech(16000)
-    for name, samples in (("silent.wav", x * 0), ("cancels.wav", np.concatenate([x, -x], 1))):
-        soundfile.write(tmp_path / name, samples, 16000, subtype="FLOAT")
-        assert not load_audio(tmp_path / name).any() and capsys.readouterr().err.count("is silent") == 1
+    soundfile.write(tmp_path / "silent.wav", speech(16000) * 0, 16000, subtype="FLOAT")
+    assert not load_audio(tmp_path / "silent.wav").any() and capsys.readouterr().err.count("is silent") == 1
+
+
+def bursts(seconds=3.0, rate=48000):
+    """Noise that comes and goes, so that every stretch of it can be found again."""
+    x, t = np.random.RandomState(0).standard_normal(int(seconds * rate)), np.arange(int(seconds * rate)) / rate
+    x = np.convolve(x, np.ones(6) / 6, "same") * 0.3 * (np.sin(2 * np.pi * 2.3 * t + 0.3) > 0)
+    return x[:, None]
+
+
+def heard_and_played(path, folder):
+    """What the model hears, and what the written file plays with timestamps honoured; both (samples,) at 16 kHz."""
+    heard = load_audio(path)
+    with VideoWriter(folder / "out.mp4", (64, 64), 16, audio=path) as out:
+        out.write(torch.zeros(3, math.ceil(len(heard) / 1000), 64, 64))
+    shown = ffmpeg_command("-v", "error", "-i", folder / "out.mp4", "-af", "aresample=async=1:first_pts=0", "-f", "f32le", "-ac", "1", "-ar", "16000", "-")
+    return heard.numpy(), np.frombuffer(subprocess.run(shown, capture_output=True, check=True).stdout, "<f4")
+
+
+def shift(a, b, at, length=2400, most=3200):
+    """By how many samples the stretch of `a` at `at` stands later in `b`; None if it is silent or not found within `most`."""
+    part, region = a[at:at + length], b[max(0, at - most):at + length + most]
+    if part.std() < 1e-3 or len(region) < length:
+        return None
+    match = np.correlate(region, part, "valid")
+    energy = np.sqrt(np.convolve(region ** 2, np.ones(length), "valid") * (part ** 2).sum()) + 1e-9
+    best = int((match / energy).argmax())
+    return best - min(at, most) if (match / energy)[best] > 0.7 else None
+
+
+def same_times(a, b):
+    """How many stretches of `a` are found again in `b`, and the largest shift in samples."""
+    shifts = [shift(a, b, at) for at in range(0, len(a) - 2400, 1600)]
+    found = [abs(s) for s in shifts if s is not None]
+    return len(found), max(found, default=0)
+
+
+def damaged(path, target):
+    data = bytearray(path.read_bytes())
+    at = int(len(data) * 0.4)
+    data[at:at + 3000] = bytes(3000)
+    target.write_bytes(data)
+
+
+@pytest.mark.parametrize("name, options, seconds", [
+    ("a.mp3", ["-b:a", "96k"], 6), ("a.ogg", ["-c:a", "libvorbis"], 6), ("a.opus", ["-c:a", "libopus"], 6), ("a.flac", [], 6), ("a.aac", [], 6),
+    ("vbr.mp3", ["-q:a", "3", "-write_xing", "0"], 3), ("a.m4a", ["-af", "aselect='not(between(t,1,1.8))'"], 3),
+    ("a.mka", ["-c:a", "flac", "-af", "aselect='not(between(t,1,1.8))'"], 3), ("a.ac3", [], 3), ("a.m4a", ["-c:a", "alac"], 3)])
+def test_heard_is_played(tmp_path, name, options, seconds):
+    """Joined files (6 s) are one long sound, missing packets are silence: in the features and in the written file alike."""
+    soundfile.write(tmp_path / "a.wav", bursts(), 48000)
+    run("-i", tmp_path / "a.wav", *options, tmp_path / name)
+    if seconds == 6:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() * 2)
+    heard, played = heard_and_played(tmp_path / name, tmp_path)
+    assert abs(len(heard) / 16000 - seconds) < (0.06 if name == "a.aac" else 0.03) and abs(len(heard) - len(played)) < 0.03 * 16000      # raw aac keeps 0.03 s of padding each
+    found, most = same_times(heard, played)
+    assert found > 4 * seconds and most < 0.01 * 16000
+    truth = load_audio(tmp_path / "a.wav").numpy()
+    if "-af" in options:
+        assert not heard[17600:28000].any() and abs(shift(truth, heard, 35200)) < 160      # the burst at 2.2 s
+
+
+@pytest.mark.parametrize("name, least", [("a.mp3", 2.5), ("a.flac", 2.98), ("a.m4a", 2.98)])
+def test_damage_is_the_same_for_ear_and_eye(tmp_path, capsys, name, least):
+    """3000 bytes of zeros.  flac and m4a know their times, so silence stands for what is lost; mp3 counts its packets, what follows moves up."""
+    soundfile.write(tmp_path / "a.wav", bursts(), 48000)
+    run("-i", tmp_path / "a.wav", tmp_path / name)
+    damaged(tmp_path / name, tmp_path / f"hole_{name}")
+    heard, played = heard_and_played(tmp_path / f"hole_{name}", tmp_path)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(r"damaged, 0\.\d\d s of it are lost", error)
+    assert least < len(heard) / 16000 < 3.03 and abs(len(heard) - len(played)) < 0.03 * 16000
+    found, most = same_times(heard, played)
+    assert found > 8 and most < 160
+    if name != "a.mp3":
+        assert same_times(heard, load_audio(tmp_path / "a.wav").numpy())[1] < 160
+
+
+def test_joined_at_different_rates(tmp_path):
+    soundfile.write(tmp_path / "a.wav", bursts(), 48000)
+    run("-i", tmp_path / "a.wav", tmp_path / "a.mp3")
+    run("-i", tmp_path / "a.wav", "-ar", "44100", "-ac", "2", tmp_path / "b.mp3")
+    (tmp_path / "c.mp3").write_bytes((tmp_path / "a.mp3").read_bytes() + (tmp_path / "b.mp3").read_bytes())
+    heard, played = heard_and_played(tmp_path / "c.mp3", tmp_path)
+    assert abs(len(heard) / 16000 - 6) < 0.06 and abs(len(heard) - len(played)) < 480 and same_times(heard, played)[1] < 160
+
+
+@pytest.mark.parametrize("weights", [(1, -1), (0.5, -0.52), (1, -1, 0), (1, -0.5, -0.5)])
+def test_channels_that_cancel(tmp_path, capsys, weights):
+    """One of them is heard, and alone in the written file, as a phone plays the sum of both."""
+    x = bursts()
+    soundfile.write(tmp_path / "a.wav", np.concatenate([x * w for w in weights], 1), 48000, subtype="FLOAT")
+    soundfile.write(tmp_path / "one.wav", x * weights[0] if abs(weights[0]) > 0.51 else x * weights[1], 48000, subtype="FLOAT")
+    heard, played = heard_and_played(tmp_path / "a.wav", tmp_path)
+    assert capsys.readouterr().err.count("cancel each other: channel") == 1
+    assert np.array_equal(heard, load_audio(tmp_path / "one.wav").numpy())
+    found, most = same_times(heard, played)
+    assert found > 12 and most < 160
+
+
+def test_channels_that_do_not_cancel(tmp_path, capsys):
+    x = bursts()
+    for name, channels in (("one.wav", [x, *[x * 0] * 15]), ("two.wav", [x, -0.7 * x]), ("mono.wav", [x])):
+        soundfile.write(tmp_path / name, np.concatenate(channels, 1), 48000)
+        load_audio(tmp_path / name)
+        assert capsys.readouterr().err == ""

@@ -20,7 +20,7 @@ from media.sound import RATE, load_audio
 from tiny.faces import FPS, INSIDE, LIP, LIPS, NARROW, OPEN, SIZE, WIDE, articulation, held_out_identities, reference, to_picture
 from media.pictures import fit_picture, load_image
 from media.ffmpeg import probe
-from media.video import read_frames
+from media.frames import read_frames
 
 LUMA = torch.tensor([0.2126, 0.7152, 0.0722])            # BT.709: sharp in an mp4, its colours have half the resolution
 SEARCHED = slice(62, 104), slice(34, 94)                 # rows and columns of a 128-pixel picture in which the mouth lies
