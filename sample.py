@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 START = time.perf_counter()
 if __name__ == "__main__":                                           # before torch: else freed memory is lost to larger tensors
@@ -27,9 +26,8 @@ from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
 from media.video import check_output
-from wan_s2v import Stages, WanS2VPipeline, open_writer, run_dtype
+from wan_s2v import Stages, WanS2VPipeline, local_folder, open_writer, run_dtype
 
-WEIGHTS = Path(__file__).parent / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
   python sample.py --audio voice.wav --image face.png                      tiny checkpoint: a drawn face, any laptop, no downloads
@@ -150,11 +148,8 @@ class Progress:
 
 
 def open_folder(ckpt):
-    """The checkpoint, making a tiny random one if it is asked for by name or none is given."""
-    folder = WEIGHTS / "tiny" if ckpt is None else Path(ckpt)
-    if folder.parent.resolve() == WEIGHTS.resolve() and not folder.exists():
-        from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
-        ensure_tiny(folder)
+    """The checkpoint of a folder (see `local_folder`), saying where its numbers come from if from no published model."""
+    folder = local_folder(ckpt)
     checkpoint = open_checkpoint(folder)
     if checkpoint.note:
         print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")

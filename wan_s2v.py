@@ -29,6 +29,7 @@ from media.video import VideoWriter, load_pose
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
+WEIGHTS = Path(__file__).parent / "weights"      # the tiny checkpoints: of a checkout, or as `pip install .` copies them
 REF_MOTION_FRAMES = 6        # start_from_ref: how many of the motion frames are the reference picture (official L506)
 
 
@@ -94,8 +95,8 @@ class WanS2VPipeline:
         self.device = choices.get("device", torch.device("cpu"))
 
     @classmethod
-    def from_pretrained(cls, path, torch_dtype=None, device_map="auto", vram=None, **choices):
-        """path        folder in the official or converted layout, or a hub id that huggingface_hub can find
+    def from_pretrained(cls, path=None, torch_dtype=None, device_map="auto", vram=None, **choices):
+        """path        folder in the official or converted layout, or a hub id that huggingface_hub can find; None: weights/tiny
         torch_dtype    of the large linear layers on a GPU: bfloat16 (default) or float32; float16 runs as bfloat16; a CPU runs float32
         device_map     "auto" (a GPU if there is one), or a device; what stays on it and what is streamed follows from its free memory
         vram           GB of a card to plan for, and the most that this process then takes
@@ -348,10 +349,20 @@ def run_dtype(wanted, device):
     return torch.bfloat16
 
 
-def local_folder(path):
-    """A checkpoint folder on this machine, fetched by huggingface_hub if path is a hub id and that package is installed."""
-    if Path(path).is_dir():
-        return Path(path)
+def local_folder(path=None):
+    """The folder of a checkpoint on this machine.
+
+    path  a folder; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
+          on first use; or a hub id, which huggingface_hub fetches if it is installed
+    """
+    folder = WEIGHTS / "tiny" if path is None else Path(path)
+    if not folder.exists() and folder.parent == Path("weights"):
+        folder = WEIGHTS / folder.name
+    if not folder.exists() and folder.parent.resolve() == WEIGHTS.resolve():
+        from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
+        ensure_tiny(folder)
+    if folder.is_dir():
+        return folder
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(str(path)))
