@@ -11,7 +11,6 @@ with the input; no half-written file is left.
 import argparse
 import os
 import re
-import statistics
 import sys
 import time
 from dataclasses import fields
@@ -23,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
-from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
+from fast.probe import cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
 from media.video import check_output
-from wan_s2v import Stages, WanS2VPipeline, local_folder, open_writer, run_dtype
+from wan_s2v import Progress, Stages, WanS2VPipeline, local_folder, open_writer, run_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
@@ -124,29 +123,6 @@ def one_line(message):
     raise ValueError(f"{message} (see --help)")
 
 
-class Progress:
-    """A bar per clip, with the time that all clips together still need."""
-
-    def __init__(self, clips, device):
-        self.clips, self.device, self.start, self.seconds = clips, device, time.perf_counter(), []
-
-    def __call__(self, clip, steps):
-        if clip == 0:
-            print(f"ready    {time.perf_counter() - START:.1f} s after the start")
-        last = time.perf_counter()
-        with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
-            for n, step in enumerate(bar, 1):
-                yield step
-                synchronize(self.device)                             # or the time of queueing would be shown
-                self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
-                done = clip * len(steps) + n
-                left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
-                bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
-
-    def __str__(self):
-        return f"first {self.seconds[0]:.2f} s, later {statistics.median(self.seconds[1:] or self.seconds):.2f} s"
-
-
 def open_folder(ckpt):
     """The checkpoint of a folder (see `local_folder`), saying where its numbers come from if from no published model."""
     folder = local_folder(ckpt)
@@ -174,12 +150,13 @@ def main(args):
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
-    pipeline = WanS2VPipeline(checkpoint, args.vram, **choices(args))
+    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=False, **choices(args))
     cap_memory(pipeline.device, args.vram)
     plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
     print(plan)
+    from fast.estimate import estimate_seconds                       # here: importing `sample` does not need it
     print(f"time     about {tqdm.format_interval(round(estimate_seconds(plan)))} of denoising")
-    stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device)
+    stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
     with open_writer(args.out, plan, args.av_offset) as writer:
         try:
             for frames in pipeline.generate(plan, stages, progress):

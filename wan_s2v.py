@@ -1,7 +1,7 @@
 """The pipelines: one picture and one sound become one video, clip by clip; a prompt or a picture become one clip.
 
 Stages  plan -> text (umT5) -> audio (wav2vec2) -> picture (VAE) -> per clip: denoise, decode, encode the last frames for the next clip.
-Each network is loaded when its stage begins and released when it ends; frames leave as soon as their clip is done.
+Each network is loaded when its stage begins; it stays for the next video where there is room, else is released; frames leave as soon as their clip is done.
 
     S2V     clips of 80 frames = 20 latent frames, see `make_clips`
     T2V     two experts; latents from noise alone
@@ -11,21 +11,23 @@ Each network is loaded when its stage begins and released when it ends; frames l
 Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
+import statistics
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from audio import audio_features
-from fast.plan import FPS, WARM_UP, Plan, RunConfig, make_plan
+from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan
 from fast.probe import cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
-from media.video import VideoWriter, load_pose
+from media.video import VideoWriter, check_output, load_pose
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
@@ -64,14 +66,42 @@ class Stages:
             f"{self.private:.1f} without mapped files"
 
 
-@dataclass(frozen=True)
+class Progress:
+    """A bar per clip, with the time that all clips together still need."""
+
+    def __init__(self, clips, device, begin):
+        self.clips, self.device, self.begin, self.start, self.seconds = clips, device, begin, time.perf_counter(), []
+
+    def __call__(self, clip, steps):
+        if clip == 0:
+            print(f"ready    {time.perf_counter() - self.begin:.1f} s after the start")
+        last = time.perf_counter()
+        with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
+            for n, step in enumerate(bar, 1):
+                yield step
+                synchronize(self.device)                             # or the time of queueing would be shown
+                self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
+                done = clip * len(steps) + n
+                left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
+                bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
+
+    def __str__(self):
+        return f"first {self.seconds[0]:.2f} s, later {statistics.median(self.seconds[1:] or self.seconds):.2f} s"
+
+
+@dataclass(frozen=True, repr=False)
 class Video:
-    """A finished video.  frames (3, P, height, width) float32 in [-1, 1], plan as it was made from"""
+    """A finished video.  frames (3, P, height, width) float32 in [-1, 1], plan as it was made from, files that only it needs"""
     frames: torch.Tensor
     plan: Plan
+    files: object = None
+
+    def __repr__(self):
+        P, height, width = self.frames.shape[1:]
+        return f"Video: {P} frames of {width}x{height}, {P / self.plan.fps:.2f} s at {self.plan.fps:g} fps; .save('out.mp4') writes it"
 
     def save(self, path, av_offset=0):
-        """Write an mp4 with the sound, or PNG frames if path ends in "/"."""
+        """Write an mp4 with the sound, or PNG frames if path ends in "/"; missing folders are made."""
         with open_writer(path, self.plan, av_offset) as writer:
             writer.write(self.frames)
         return path
@@ -83,15 +113,47 @@ def open_writer(path, plan, av_offset=0):
     return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
 
 
+class Networks:
+    """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`)."""
+
+    def __init__(self, checkpoint, keep):
+        self.checkpoint, self.keep, self.names, self.kept = checkpoint, keep, set(), {}      # kept: name -> (how it was loaded, network)
+
+    def __getattr__(self, name):
+        return getattr(self.checkpoint, name)
+
+    def begin(self, plan):
+        """Let go of what a plan has no room for."""
+        self.names = keepable(plan, self.checkpoint) if self.keep else set()
+        self.kept = {name: kept for name, kept in self.kept.items() if name in self.names}
+        return self
+
+    def load(self, name, *how):
+        """As Checkpoint.load, or the network of an earlier video."""
+        if name in self.kept and self.kept[name][0] == how:
+            return self.kept[name][1]
+        self.kept.pop(name, None)                                    # first, or both would be there
+        net = self.checkpoint.load(name, *how)
+        if name in self.names:
+            self.kept[name] = how, net
+        return net
+
+    def nbytes(self, device):
+        """Of what is kept on a device."""
+        return sum(p.nbytes for _, net in self.kept.values() for p in net.parameters() if p.device.type == device.type)
+
+
 class WanS2VPipeline:
     """A checkpoint of any task of the family -> video. See `__call__`; or `plan`, then `generate`, which gives the frames clip by clip.
 
     checkpoint  from formats.checkpoints.open_checkpoint        vram     GiB of a card to plan for; None: what is free
+    keep        the networks between videos, as far as memory allows
     choices     fields of RunConfig that hold for every video: device, dtype, vae_dtype, fp8, compile, attention8, resident
     """
 
-    def __init__(self, checkpoint, vram=None, **choices):
-        self.checkpoint, self.vram, self.choices = checkpoint, vram, choices
+    def __init__(self, checkpoint, vram=None, keep=True, **choices):
+        check_names(choices)
+        self.checkpoint, self.vram, self.choices, self.networks = checkpoint, vram, choices, Networks(checkpoint, keep)
         self.device = choices.get("device", torch.device("cpu"))
 
     @classmethod
@@ -109,7 +171,9 @@ class WanS2VPipeline:
 
     def plan(self, **options):
         """Fields of RunConfig -> Plan. Decodes the sound, reads the picture's size, no weights.  raises ValueError for what cannot be used"""
-        return make_plan(RunConfig(**self.choices | options), self.checkpoint, free_memory(self.device, self.vram))
+        check_names(options)
+        free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
+        return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
 
     @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
@@ -120,34 +184,62 @@ class WanS2VPipeline:
         yields    (3, P, height, width) float32 in [-1, 1] on the CPU
         """
         stage, make, left = stage or Stages(), generate_s2v if plan.sound is not None else generate_video, plan.frames
-        for frames in make(self.checkpoint, plan, stage, progress):
+        for frames in make(self.networks.begin(plan), plan, stage, progress):
             yield frames[0, :, :left].float().cpu()
             left -= frames.shape[2]
 
     def __call__(self, audio_path=None, image_path=None, prompt="", negative_prompt=None, num_frames=None, height=None, width=None,
-                 guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, **options):
-        """One video.
+                 guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, out=None,
+                 quiet=False, **options):
+        """One video. Prints the plan and a progress bar.
 
-        audio_path, image_path   files of any common format
+        audio_path               file of any common format, or (samples, rate): numpy or torch, (n,) or (n, channels), floats in [-1, 1] or int16
+        image_path               file of any common format, or a PIL picture
         num_frames               of the video; S2V: at most, default as long as the sound; other tasks: the checkpoint's
         height, width            with a picture a budget of pixels, in the picture's own shape; without one the exact size
         guidance_scale, num_inference_steps    default: the checkpoint's
         generator                a torch.Generator: its seed is used
-        enable_cpu_offload       no effect: every network leaves the device when its stage ends
+        enable_cpu_offload       no effect: networks for which there is no room leave the device when their stage ends
         use_fp16                 runs as bfloat16, with a warning: float16 overflows in this model family
+        out                      file or folder as in `Video.save`: refused before the work if it cannot be written, written at its end
+        quiet                    print warnings only
         options                  any other field of RunConfig: shift, solver, seed, clips, clip_frames, pose_video, start_from_ref, ...
         returns                  Video, with .frames and .save(path)
-        raises                   ValueError for files or values that cannot be used
+        raises                   ValueError for files or values that cannot be used, TypeError for unknown names and kinds
         """
+        begin = time.perf_counter()
+        check_names(options)
         if use_fp16:
             run_dtype(torch.float16, self.device)
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
-        if generator is not None:
-            options["seed"] = generator.initial_seed()
-        plan = self.plan(audio=audio_path, image=image_path, prompt=prompt, negative_prompt=negative_prompt, frames=num_frames,
-                         size=None if height is None else (width, height), guidance=guidance_scale, steps=num_inference_steps, **options)
-        return Video(torch.cat(list(self.generate(plan)), dim=1), plan)
+        if out is not None:
+            check_output(out)
+        given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
+                     guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
+        given = {name: value for name, value in given.items() if value is not None}
+        if twice := given.keys() & options.keys():
+            raise ValueError(f"{min(twice)} is given twice, under both of its names: leave one out")
+        from media.given import as_files                             # here: the command line has files
+        inputs, files = as_files(given | options)
+        plan = self.plan(prompt=prompt, negative_prompt=negative_prompt, **inputs)
+        if not quiet:
+            print(plan)
+        progress = () if quiet else (Progress(plan.clips, self.device, begin),)
+        video = Video(torch.cat(list(self.generate(plan, Stages(self.device), *progress)), dim=1), plan, files)
+        if out is not None:
+            video.save(out)
+        return video
+
+
+def check_names(options):
+    """raises TypeError for the name of no field of RunConfig, with the nearest one that is"""
+    names = [field.name for field in fields(RunConfig)]
+    for name in options:
+        if name not in names:
+            from difflib import get_close_matches                    # here: only where something is wrong
+            near = get_close_matches(name, names, 1)
+            raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
 
 
 # ------------------------------------------------------------------------------------------------------ S2V: sound and picture
@@ -276,7 +368,7 @@ def image_condition(vae, picture, frames):
 
 def encode_text(checkpoint, prompts, plan):
     """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""
-    encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, resident=plan.memory.text_resident)
+    encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
     tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
     return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
 
@@ -298,6 +390,7 @@ def load_experts(checkpoint, plan):
 
 def load_vae(checkpoint, plan):
     vae = checkpoint.load("vae", plan.config.device, plan.config.vae_dtype)
+    vae.to(plan.config.device, plan.config.vae_dtype)                # one that was kept may wait in host memory, or have gone on in float32
     vae.tiles = plan.memory.tiles
     return vae
 

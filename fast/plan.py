@@ -22,16 +22,13 @@ from media.sound import RATE, load_audio
 from media.ffmpeg import probe
 from model import MOTION_BUCKETS, PATCH
 from sampling import SOLVERS
-from vae import VAE, CausalConv, cut_tiles
 
 FPS = 16                     # of S2V: audio frames are made at this rate
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
 MAX_CLIP_FRAMES = 120        # 30 latent frames have RoPE times 0..29; the reference picture has 30 and must not be met
 
 OVERHEAD = 0.9 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 without a limit reserved 0.7 to 1.1 more
-VAE_OVERHEAD = 0.3 * GIB
 HOST_OVERHEAD = 1.8 * GIB    # PyTorch, CUDA and Python: an H200 machine had 16.9 GiB in use with 15.2 pinned
-VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
 CHUNK = 8192                 # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.5 * GIB
 TILES = 4                    # of the VAE: more cost time
@@ -299,6 +296,7 @@ def choose(config, checkpoint, latent_shape, tokens, free):
     if limit is None:
         peak = int(weights * len(checkpoint.experts) + activation_bytes(config, cfg, tokens, MemoryPlan(fp8=fp8)))
         return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, host=int(max(peak, text(None)[0]) + video))
+    from fast.vae_plan import vae_cuts                               # here: a CPU does without
     cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype)
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
     choices = [(way, config.resident) for way in ways]
@@ -318,6 +316,19 @@ def choose(config, checkpoint, latent_shape, tokens, free):
         host += ((4 * T + 73) * frame + (T + 19) * H * W * vae_cfg.dec_dim * vae_cfg.dim_mult[-1]) * config.vae_dtype.itemsize
     return replace(chosen, text_resident=text_resident, tiles=tiles, denoiser=int(denoiser), weights=int(weights), streamed=pinned,
                    host=int(host), text=int(text_peak + TEXT_ACTIVATIONS), vae=int(weights + vae + decode))
+
+
+def keepable(plan, checkpoint):
+    """{names of components whose networks may stay after their stage}: for which there is room beside all that a plan takes, largest first."""
+    config, m, free = plan.config, plan.memory, plan.free
+    room, names = free.host - m.host if free.device is None else free.device - m.peak, set()
+    for name, part in sorted(checkpoint.parts.items(), key=lambda item: -item[1].nbytes):
+        streamed = dict(denoiser=m.resident, text=m.text_resident).get(part.kind) is not None
+        size = weigh(part, config)(None)[0] if part.kind in ("denoiser", "text") else 4 * part.parameters
+        if not streamed and size <= room:
+            names.add(name)
+            room -= size
+    return names
 
 
 def weigh(part, config):
@@ -357,42 +368,3 @@ def activation_bytes(config, cfg, tokens, memory):
 def layer_bytes(cfg, config):
     """The text keys and values of all blocks, for one guidance branch."""
     return cfg.n_layer * 2 * cfg.text_len * cfg.dim * config.dtype.itemsize
-
-
-def vae_cuts(config, H, W, dtype):
-    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
-    return [(tiles, VAE_WORKSPACE * vae_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
-            for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
-
-
-def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
-    """About the most bytes that encoding or decoding a video of H x W latents takes on a device, whichever is more.
-
-    Not counted: the weights, what the caller holds and the work space of convolution kernels.
-    """
-    return max(vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode) for decode in (False, True))
-
-
-def vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode):
-    """The feature cache (two frames per causal convolution), the working set of the largest residual block or upsampling, a chunk of video."""
-    with torch.device("meta"):
-        net = VAE(config).decoder if decode else VAE(config).encoder
-    cuts, full, frames = cut_tiles(H, W, tiles), 2 ** len(config.temporal_downsample), chunk * config.stride[0]
-    n, scale, halos = chunk, 1, config.decoder_halos
-    if not decode:
-        n, scale, halos = frames, full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
-    held, live = 10 * H * W * net.middle.block1.conv1.in_channels, []             # the five convolutions of the bottleneck
-    for stage, halo in zip(net.stages, halos):
-        pixels = min(H, W) * scale * max(stop - start for start, stop in (tile.bounds(scale, halo) for tile in cuts))
-        c_in, C, time = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels, getattr(stage.resample, "time", None)
-        cached = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
-        cached += [net.conv_out if decode else net.conv_in] if scale == full else []
-        held += 2 * pixels * sum(layer.in_channels for layer in cached)
-        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, normed, with its cache; output
-        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same beside the stage's input
-        if decode and stage.resample:
-            n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
-            live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
-        elif stage.resample:
-            n, scale = n // (2 if time else 1), scale // 2
-    return (held + max(live)) * dtype.itemsize + 4 * 3 * H * W * config.stride[1] ** 2 * frames // tiles   # the video is float32

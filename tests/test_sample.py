@@ -181,7 +181,7 @@ S2V, T2V, I2V, TI2V = {"--audio": VOICE, "--image": FACE}, *({"--ckpt": f"tiny-{
     ({"--steps": "0"}, ("steps", "0")), ({"--guidance": "nan"}, ("guidance", "nan")), ({"--shift": "0"}, ("shift",)),
     ({"--solver": "rk4"}, ("solver", "unipc", "rk4")), ({"--seed": "-1"}, ("seed",)), ({"--start": "99"}, ("start",)),
     ({"--duration": "0.01"}, ("ms",)), ({"--duration": "-1"}, ("duration",)), ({"--pose-video": "no.mp4"}, ("no.mp4",)),
-    ({"--pose-video": VOICE}, ("picture",)), ({"--out": "nowhere/out.mp4"}, ("nowhere",)), ({"--out": "out.gif"}, (".mp4",)),
+    ({"--pose-video": VOICE}, ("picture",)), ({"--out": f"{__file__}/out.mp4"}, ("test_sample.py is a file",)), ({"--out": "out.gif"}, (".mp4",)),
     ({"--ckpt": "no-such-folder"}, ("no-such-folder",)), ({"--size": "8x8"}, ("size",)), ({"--size": "axb"}, ("--size", "axb")),
     ({"--size": "0x100"}, ("--size", "0x100")), ({"--device": "gpu"}, ("device must be cpu, cuda",)),
     ({"--vram": "0"}, ("--vram wants the size of a card",)))),

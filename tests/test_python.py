@@ -1,0 +1,98 @@
+"""The pipeline as a program calls it: what it prints, keeps, takes and refuses.
+
+    pytest tests/test_python.py
+"""
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import sample
+from fast.plan import keepable
+from fast.probe import Memory
+from formats.checkpoints import Checkpoint
+from media.ffmpeg import probe
+from wan_s2v import WanS2VPipeline
+
+HERE = Path(__file__).parents[1]
+VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
+QUICK = dict(height=64, width=64, num_inference_steps=1, clip_frames=16, clips=1)
+
+
+def make(pipeline=None, **changes):
+    pipeline = pipeline or WanS2VPipeline.from_pretrained(device_map="cpu")
+    return pipeline(**dict(audio_path=VOICE, image_path=FACE) | QUICK | changes)
+
+
+def test_plan_and_bar_unless_quiet_and_a_result_of_one_line(capsys):
+    result = make()
+    said = capsys.readouterr()
+    assert "video    s2v-14B: 64x64" in said.out and "clip 1/1: 100%" in said.err
+    print(result)
+    assert capsys.readouterr().out == "Video: 13 frames of 64x64, 0.81 s at 16 fps; .save('out.mp4') writes it\n"
+    make(quiet=True)
+    said = capsys.readouterr()
+    assert said.out == "" and "clip" not in said.err                 # warnings remain
+
+
+def test_networks_are_loaded_once(monkeypatch):
+    """Every network, for two videos; the second is as one of a pipeline of its own."""
+    loaded, load = [], Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", lambda self, name, *how: loaded.append(name) or load(self, name, *how))
+    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    make(pipeline, seed=1)
+    second = make(pipeline, seed=2)
+    assert sorted(loaded) == ["audio", "denoiser_high", "text", "vae"]          # one step: one expert
+    assert torch.equal(second.frames, make(seed=2).frames)
+
+
+def test_networks_are_kept_as_far_as_memory_allows():
+    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    plan = pipeline.plan(audio=VOICE, image=FACE, size=(64, 64))
+    sizes = {name: part.nbytes for name, part in pipeline.checkpoint.parts.items()}
+    for room, names in ((2**30, set(sizes)), (0, set()), (2**20, {"audio", "text"})):
+        kept = keepable(dataclasses.replace(plan, free=Memory(None, plan.memory.host + room, 2**40)), pipeline.checkpoint)
+        assert kept <= names if room == 2**20 else kept == names, (room, kept, sizes)
+    make(pipeline)
+    assert pipeline.networks.nbytes(torch.device("cpu")) > 0
+    pipeline.networks.begin(dataclasses.replace(plan, free=Memory(None, 0, 2**40)))
+    assert pipeline.networks.nbytes(torch.device("cpu")) == 0
+
+
+def test_pictures_and_sound_from_memory(tmp_path):
+    """The same video as from files, and its sound in the file."""
+    wav, rate = soundfile.read(VOICE, dtype="float32")
+    from_files = make()
+    for sound in ((wav, rate), (torch.from_numpy(wav), rate), (np.stack([wav, wav]), rate)):
+        given = make(audio_path=sound, image_path=Image.open(FACE))
+        assert torch.equal(given.frames, from_files.frames)
+    given.save(tmp_path / "out.mp4")
+    assert probe(tmp_path / "out.mp4").has_audio
+
+
+@pytest.mark.parametrize("changes, kind, words", [
+    (dict(step=3), TypeError, "unknown option step: did you mean steps?"), (dict(audio_path=np.zeros(9)), TypeError, "got ndarray: give (samples"),
+    (dict(image_path=np.zeros((9, 9, 3))), TypeError, "PIL.Image.fromarray"), (dict(steps=3), ValueError, "steps is given twice"),
+    (dict(audio_path=(np.zeros((2, 2, 2)), 16000)), TypeError, "(2, 2, 2) at 16000"), (dict(out="out.gif"), ValueError, "wanted a name that ends in .mp4")])
+def test_refused_in_one_line_before_the_work(monkeypatch, changes, kind, words):
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a network was loaded"))
+    with pytest.raises(kind) as error:
+        make(**changes)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_choices_are_refused_before_a_checkpoint_is_used():
+    with pytest.raises(TypeError, match="unknown option atention8: did you mean attention8"):
+        WanS2VPipeline.from_pretrained(atention8=True)
+
+
+def test_missing_folders_are_made(tmp_path):
+    make(out=tmp_path / "a" / "b" / "one.mp4").save(tmp_path / "c" / "two.mp4")
+    assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", f"{tmp_path}/d/e/", "--steps", "1", "--size", "64x64", "--clip-frames", "16",
+                       "--clips", "1"]) == 0
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.mp4")) == ["a/b/one.mp4", "c/two.mp4"]
+    assert len(list((tmp_path / "d" / "e").iterdir())) == 13
