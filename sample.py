@@ -83,6 +83,7 @@ def parser():
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
                    f"size (default: {own('size')})")
+    g.add_argument("--enlarge", action="store_true", help="scale a picture of fewer pixels up to that size (S2V; default: off, as official)")
     g.add_argument("--frames", type=int, help="of the video (S2V: at most, default as long as the audio; others 4n + 1, default "
                    f"{own('frames', but='s2v-14B')})")
     g.add_argument("--clips", type=int, help="clips to make, at most (default: as many as the audio needs)")

@@ -44,6 +44,7 @@ class RunConfig:
     prompt: str = ""
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None   # (width, height): with a picture, their product is a budget and the picture's shape is kept
+    enlarge: bool = False                 # S2V: a picture of fewer pixels than that is scaled up to them
     steps: int | None = None
     shift: float | None = None
     guidance: float | tuple[float, ...] | None = None   # one value, or (low noise, high noise)
@@ -129,6 +130,7 @@ class Plan:
     sizes: dict[str, float]      # component -> GiB on disk
     memory: MemoryPlan
     free: Memory
+    notes: tuple[str, ...] = ()  # what the user may not expect, and what to do
 
     @property
     def video_tokens(self):
@@ -151,6 +153,7 @@ class Plan:
         return "\n".join((
             *sound,
             f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
+            *self.notes,
             f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
             f"tokens   {tokens}",
             f"weights  {size_table(self.sizes)}",
@@ -186,9 +189,9 @@ def make_plan(config, checkpoint, free):
     config, cfg, vae = config.resolve(checkpoint), checkpoint.configs["denoiser"], checkpoint.configs["vae"]
     kind = checkpoint.task.split("-")[0]
     check_inputs(config, checkpoint.task, kind, vae.stride[0])
-    height, width = frame_size(config, kind, vae.stride[1])
+    height, width, notes = frame_size(config, kind, vae.stride[1])
     H, W = height // vae.stride[1], width // vae.stride[2]
-    fields = dict(task=checkpoint.task, height=height, width=width, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
+    fields = dict(task=checkpoint.task, height=height, width=width, notes=notes, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
     if kind == "s2v":
         shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
         clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)))
@@ -228,16 +231,24 @@ def check_inputs(o, task, kind, stride):
 
 
 def frame_size(o, kind, stride):
-    """(height, width) of a frame: the picture's shape within the pixel budget, or without a picture exactly what was asked for."""
+    """(height, width) of a frame: the picture's shape within the pixel budget, or without a picture exactly what was asked for; and notes."""
     width, height = o.size
     if o.image:
         rule, step = {"s2v": (s2v_size, 8), "i2v": (i2v_size, 2), "ti2v": (ti2v_size, 2)}[kind]
-        picture = load_image(o.image)
-        return rule(picture.height, picture.width, width * height, step=step * stride)
+        picture, area = load_image(o.image), width * height
+        own = rule(picture.height, picture.width, area, step=step * stride)
+        if kind != "s2v" or picture.width * picture.height >= area:
+            return *own, ()
+        times = math.ceil(math.sqrt(area / (picture.width * picture.height)))             # at least the area, which the rule then cuts down to
+        large = rule(picture.height * times, picture.width * times, area, step=step * stride)
+        if o.enlarge or math.prod(large) <= math.prod(own):
+            return *(large if o.enlarge else own), ()
+        return *own, (f"size     of {width}x{height} the picture fills only its own {picture.width}x{picture.height}: --enlarge makes "
+                      f"{large[1]}x{large[0]} of it",)
     if width % (2 * stride) or height % (2 * stride):
         raise ValueError(f"width and height must be multiples of {2 * stride}, got {width}x{height}: "
                          f"take {max(1, round(width / 2 / stride)) * 2 * stride}x{max(1, round(height / 2 / stride)) * 2 * stride}")
-    return height, width
+    return height, width, ()
 
 
 def count_clips(o, states):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -194,6 +195,18 @@ def test_defaults_of_the_family(task, options, made):
     assert (got.config.dtype, got.config.vae_dtype, got.config.solver) == (torch.bfloat16, torch.float16, "unipc")
     assert got.tokens[0] == (got.video_tokens * 21 // 20 if task == "s2v-14B" else got.video_tokens)
     assert got.memory.peak < 141 * GIB and "all blocks resident" in str(got)
+
+
+@pytest.mark.parametrize("size, side, large", [((256, 256), 128, 256), ((1280, 720), 512, 960), ((500, 300), 128, 384), ((160, 160), 128, None)])
+def test_a_size_above_the_pictures_own_is_said_and_can_be_had(tmp_path, size, side, large):
+    """And where the next multiples of 64 would be above the size, there is nothing to say."""
+    Image.new("RGB", (side, side)).save(tmp_path / "square.png")
+    options = GIVEN | dict(image=str(tmp_path / "square.png"), size=size, clips=1)
+    own, enlarged = plan(released("s2v-14B"), **options), plan(released("s2v-14B"), **options, enlarge=True)
+    assert (own.width, own.height) == (side, side)
+    assert (enlarged.width, enlarged.height) == (large or side, large or side) and "--enlarge" not in str(enlarged)
+    wanted = f"of {size[0]}x{size[1]} the picture fills only its own {side}x{side}: --enlarge makes {large}x{large} of it"
+    assert (wanted in str(own)) == (large is not None) == ("--enlarge" in str(own))
 
 
 def test_the_plan_says_when_swapping_is_to_be_expected():
