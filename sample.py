@@ -91,6 +91,8 @@ def parser():
                    f"{SAMPLING['s2v-14B']['frames']})")
     g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off; weights/tiny then "
                    "speaks 3 frames late: add --av-offset 3)")
+    g.add_argument("--official", action="store_true", help="place picture and pose as the official code does, with bars where they fall short, "
+                   "and end as it does, up to 0.25 s before the sound (S2V; default: they cover the frame, the last frame is held)")
     g.add_argument("--av-offset", type=int, default=0, metavar="FRAMES",
                    help="play the sound this many frames later, or earlier if negative: -3 undoes the official lead of the mouth over the "
                         "sound, 187.5 ms (default: 0, as official)")

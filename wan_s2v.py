@@ -187,6 +187,8 @@ class WanS2VPipeline:
         for frames in make(self.networks.begin(plan), plan, stage, progress):
             yield frames[0, :, :left].float().cpu()
             left -= frames.shape[2]
+        if left > 0:                                                 # the sound goes on for a moment, see `count_clips`
+            yield frames[0, :, -1:].float().cpu().expand(-1, left, -1, -1)
 
     def __call__(self, audio_path=None, image_path=None, prompt="", negative_prompt=None, num_frames=None, height=None, width=None,
                  guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, out=None,
@@ -268,11 +270,11 @@ def generate_s2v(checkpoint, plan, stage, progress):
         del encoder
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
-        picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
+        picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]
         warn_unless_known(vae, picture, o.image, checkpoint.sampling.get("picture_db"))
     shape = (1, vae.config.z_dim, *plan.latent_shape)
     noise = [partial(draw_noise, shape, o.seed + clip, o.device, o.dtype) for clip in range(plan.clips)]       # on a GPU bf16, as official L571
-    pose = [partial(load_pose, o.pose_video, n, size, FPS, first=clip * n) if o.pose_video else None for clip in range(plan.clips)]
+    pose = [partial(load_pose, o.pose_video, n, size, FPS, clip * n, o.official) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
     yield from make_clips(inputs, vae, load_experts(checkpoint, plan), o, stage, progress)
 

@@ -55,6 +55,7 @@ class RunConfig:
     clip_frames: int | None = None        # pixel frames made at once: a multiple of 4, at most 120
     pose_video: str | None = None
     start_from_ref: bool = False          # the first clip begins with the reference picture itself
+    official: bool = False                # S2V: picture and pose placed, and frames counted, as the official code does, see `count_clips`
     start: float = 0.0                    # seconds into the audio
     duration: float | None = None         # seconds of audio to use
     device: torch.device = torch.device("cpu")
@@ -137,6 +138,11 @@ class Plan:
         return math.prod(self.latent_shape) // math.prod(PATCH)
 
     @property
+    def held(self):
+        """How many frames the last one is shown longer."""
+        return 0 if self.sound is None else max(0, self.frames - self.clips * self.config.clip_frames + warm_up(self.config))
+
+    @property
     def forwards(self):
         return self.clips * self.config.steps * (2 if max(self.config.guidance) > 1 else 1)
 
@@ -147,8 +153,12 @@ class Plan:
             heard, shown = len(self.sound) / RATE, self.frames / FPS
             sound = [f"sound    {heard:.2f} s of {Path(o.audio).name}"]
             made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
-            if abs(heard - shown) >= 1 / FPS:
-                cut = f"; {'sound' if heard > shown else 'picture'} cut to {min(heard, shown):.2f} s, the shorter of the two"
+            if heard > shown + 1e-3:
+                cut = f": the last {heard - shown:.2f} s of the sound are left out"
+            elif shown - heard >= 1 / FPS:
+                cut = f", of which the video takes {heard:.2f} s and ends with the sound"
+            elif self.held:
+                cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
         tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
         return "\n".join((
             *sound,
@@ -194,7 +204,7 @@ def make_plan(config, checkpoint, free):
     fields = dict(task=checkpoint.task, height=height, width=width, notes=notes, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
     if kind == "s2v":
         shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
-        clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)))
+        clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)), len(sound) / RATE)
         first, later = token_counts(shape)
         tokens = (later,) if config.start_from_ref else (first, later) if clips > 1 else (first,)
         fields |= dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=tokens)
@@ -251,14 +261,25 @@ def frame_size(o, kind, stride):
     return height, width, ()
 
 
-def count_clips(o, states):
-    """states: of wav2vec2 in time, 50 a second -> clips, frames of the whole video"""
-    _, clips = audio_frame_indices(int(states / 50 * 30), FPS, o.clip_frames)
-    clips, dropped = min(o.clips or clips, clips), 0 if o.start_from_ref else WARM_UP
+def count_clips(o, states, seconds):
+    """states: of wav2vec2 in time, 50 a second; seconds of sound -> clips, frames of the whole video
+
+    A sound of exactly 5 s fills one clip, of which 77 frames are shown. The official video ends there and loses 0.19 s of the sound; here the
+    last frame is held, unless the user asked for fewer clips or frames, or for the official way.
+    """
+    _, needed = audio_frame_indices(int(states / 50 * 30), FPS, o.clip_frames)
+    clips = min(o.clips or needed, needed)
     if o.frames:
-        clips = min(clips, -(-(o.frames + dropped) // o.clip_frames))
-    total = clips * o.clip_frames - dropped
+        clips = min(clips, -(-(o.frames + warm_up(o)) // o.clip_frames))
+    total = clips * o.clip_frames - warm_up(o)
+    if clips == needed and not o.official:
+        total = max(total, math.ceil(seconds * FPS - 1e-6))
     return clips, min(total, o.frames or total)
+
+
+def warm_up(o):
+    """Frames of the first clip that are not shown."""
+    return 0 if o.start_from_ref else WARM_UP
 
 
 def token_counts(latent_shape):
