@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
-from fast.probe import cap_memory, pick_device
+from fast.probe import any_terminal, cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
 from media.video import check_output
-from wan_s2v import Progress, Stages, WanS2VPipeline, local_folder, open_writer, run_dtype
+from wan_s2v import Progress, Stages, WanS2VPipeline, open_writer, run_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
@@ -128,6 +128,7 @@ def one_line(message):
 
 def open_folder(ckpt):
     """The checkpoint of a folder (see `local_folder`), saying where its numbers come from if from no published model."""
+    from formats.find import local_folder                            # here, as below: importing `sample` does not need it
     folder = local_folder(ckpt)
     checkpoint = open_checkpoint(folder)
     if checkpoint.note:
@@ -186,6 +187,7 @@ def device_errors():
 
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
+    any_terminal()
     try:
         main(args := parser().parse_args(argv))
         return 0

@@ -17,21 +17,20 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from audio import audio_features
 from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan
-from fast.probe import cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
+from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
 from media.video import VideoWriter, check_output, load_pose
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
-WEIGHTS = Path(__file__).parent / "weights"      # the tiny checkpoints: of a checkout, or as `pip install .` copies them
 REF_MOTION_FRAMES = 6        # start_from_ref: how many of the motion frames are the reference picture (official L506)
 
 
@@ -165,6 +164,7 @@ class WanS2VPipeline:
         choices        as in WanS2VPipeline
         raises         ValueError naming what is missing or wrong
         """
+        from formats.find import local_folder                        # here: a program may bring a Checkpoint of its own
         device = pick_device("auto" if device_map is None else str(device_map))
         cap_memory(device, vram)
         return cls(open_checkpoint(local_folder(path)), vram, device=device, dtype=run_dtype(torch_dtype, device), **choices)
@@ -173,7 +173,8 @@ class WanS2VPipeline:
         """Fields of RunConfig -> Plan. Decodes the sound, reads the picture's size, no weights.  raises ValueError for what cannot be used"""
         check_names(options)
         free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
-        return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
+        with default_float32():
+            return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
 
     @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
@@ -184,7 +185,7 @@ class WanS2VPipeline:
         yields    (3, P, height, width) float32 in [-1, 1] on the CPU
         """
         stage, make, left = stage or Stages(), generate_s2v if plan.sound is not None else generate_video, plan.frames
-        for frames in make(self.networks.begin(plan), plan, stage, progress):
+        for frames in in_float32(make(self.networks.begin(plan), plan, stage, progress)):
             yield frames[0, :, :left].float().cpu()
             left -= frames.shape[2]
         if left > 0:                                                 # the sound goes on for a moment, see `count_clips`
@@ -226,12 +227,34 @@ class WanS2VPipeline:
         inputs, files = as_files(given | options)
         plan = self.plan(prompt=prompt, negative_prompt=negative_prompt, **inputs)
         if not quiet:
+            any_terminal()
             print(plan)
         progress = () if quiet else (Progress(plan.clips, self.device, begin),)
         video = Video(torch.cat(list(self.generate(plan, Stages(self.device), *progress)), dim=1), plan, files)
         if out is not None:
             video.save(out)
         return video
+
+
+@contextmanager
+def default_float32():
+    """Whatever torch.set_default_dtype says outside."""
+    outside = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(outside)
+
+
+def in_float32(results):
+    """The results of a generator that runs under default_float32, while their user does not."""
+    while True:
+        with default_float32():
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
 
 
 def check_names(options):
@@ -431,7 +454,10 @@ def warn_unless_known(vae, picture, path, least):
 
 
 def draw_noise(shape, seed, device, dtype):
-    """From a fresh generator on the run's device, so that a seed gives what it gives in the official code."""
+    """From a fresh generator on the run's device, so that a seed gives what it gives in the official code; but that on a CPU, whose generator
+    reads 32 bits, larger seeds are mixed into as many: officially 3 and 2^33 + 3 are one."""
+    if device.type == "cpu" and seed >= 2 ** 32:
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
@@ -442,26 +468,3 @@ def run_dtype(wanted, device):
     if device.type == "cpu" or wanted == torch.float32:
         return torch.float32
     return torch.bfloat16
-
-
-def local_folder(path=None):
-    """The folder of a checkpoint on this machine.
-
-    path  a folder; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
-          on first use; or a hub id, which huggingface_hub fetches if it is installed
-    """
-    folder = WEIGHTS / "tiny" if path is None else Path(path)
-    if not folder.exists() and folder.parent == Path("weights"):
-        folder = WEIGHTS / folder.name
-    if not folder.exists() and folder.parent.resolve() == WEIGHTS.resolve():
-        from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
-        ensure_tiny(folder)
-    if folder.is_dir():
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path)))
-    except ImportError:
-        raise ValueError(f"no checkpoint folder {path}: give a folder, or install huggingface_hub to use a hub id") from None
-    except Exception as error:                                       # of that package: network, login, unknown id
-        raise ValueError(f"no checkpoint folder {path}, and the hub did not give it ({type(error).__name__}): give a local folder") from None

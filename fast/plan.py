@@ -9,6 +9,7 @@ or, where many tokens are worked on at once, just before or behind it. If it doe
 the host; offload blocks. The VAE waits in host memory while the denoiser works; while the VAE works the denoiser stays on the device.
 """
 import math
+import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +74,8 @@ class RunConfig:
         defaults |= {"clip_frames" if s2v else "frames": s["frames"], "dtype": torch.bfloat16 if gpu else torch.float32,
                      "vae_dtype": torch.float16 if gpu else torch.float32}
         o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
-        o = replace(o, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
+        whole = {name: whole_number(name, getattr(o, name)) for name in ("steps", "seed", "frames", "clips", "clip_frames", "resident")}
+        o = replace(o, **whole, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
         for name, ok, want in (
                 ("steps", 1 <= o.steps <= 1000, "1 to 1000"),
                 ("shift", 0 < o.shift <= 100, "above 0, at most 100"),
@@ -90,6 +92,14 @@ class RunConfig:
             if not ok:
                 raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
         return o
+
+
+def whole_number(name, value):
+    """Any kind of integer, numpy's too -> int; None stays.  raises ValueError"""
+    try:
+        return value if value is None else operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value}") from None
 
 
 @dataclass(frozen=True)

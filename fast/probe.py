@@ -2,6 +2,7 @@
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,13 @@ def cap_memory(device, vram):
         device = cuda_index(device)
         total = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram * USABLE * GIB / total), device)
+
+
+def any_terminal():
+    """From now on letters that the terminal does not have are printed as \\u escapes, and are no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                           # not where something else stands in their place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def synchronize(device):

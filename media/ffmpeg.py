@@ -4,6 +4,7 @@ The wheel has no ffprobe. Facts are read from formats that ffmpeg documents: the
 """
 import os
 import re
+import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from fractions import Fraction
 
 import imageio_ffmpeg
 
-REMEDY = "pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /"
+REMEDY = "pip install imageio-ffmpeg; without it sound must be wav, flac, ogg or mp3 and the output PNG frames, with a path that ends in /"
 SAMPLE_TIME = "asetpts=N/SR/TB"      # time counted in samples from the first one, as the audio encoder does, whatever timestamps the file has
 
 
@@ -21,9 +22,12 @@ class FFmpegError(OSError):
 
 def ffmpeg_command(*args):
     try:
-        return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *args]
+        program = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
-        raise OSError(f"no ffmpeg program found: {REMEDY}") from None
+        program = ""
+    if not shutil.which(program):
+        raise OSError(f"no ffmpeg program found: {REMEDY}")
+    return [program, "-nostdin", *args]
 
 
 def source(path):

@@ -113,7 +113,7 @@ def _check_encoder():
     except FFmpegError as error:
         raise ValueError(f"no H.264 encoder (libx264) that works: {error}; {REMEDY}") from None
     except OSError as error:
-        raise ValueError(f"no working ffmpeg ({error}): {REMEDY}") from None
+        raise ValueError(error) from None
 
 
 def _temporary(path, suffix=""):

@@ -332,7 +332,7 @@ def test_space_and_encoder_are_checked(tmp_path, monkeypatch):
     check_output(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="make room"):
         check_output(tmp_path / "a.mp4", need=2**60)
-    for program, says in (("/bin/false", "no H.264 encoder"), ("/nowhere/ffmpeg", "no working ffmpeg")):
+    for program, says in (("/bin/false", "no H.264 encoder"), ("/nowhere/ffmpeg", "no ffmpeg program found")):
         monkeypatch.setattr(ffmpeg.imageio_ffmpeg, "get_ffmpeg_exe", lambda: program)
         with pytest.raises(ValueError, match=f"{says}.*ends in /"):
             check_output(tmp_path / "a.mp4")

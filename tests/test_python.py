@@ -3,6 +3,9 @@
     pytest tests/test_python.py
 """
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,8 @@ import sample
 from fast.plan import keepable
 from fast.probe import Memory
 from formats.checkpoints import Checkpoint
-from media.ffmpeg import probe
-from wan_s2v import WanS2VPipeline
+from media.ffmpeg import probe, run
+from wan_s2v import WanS2VPipeline, draw_noise
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
@@ -96,3 +99,54 @@ def test_missing_folders_are_made(tmp_path):
                        "--clips", "1"]) == 0
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("**/*.mp4")) == ["a/b/one.mp4", "c/two.mp4"]
     assert len(list((tmp_path / "d" / "e").iterdir())) == 13
+
+
+# ------------------------------------------------------------------------------------------ what a program's surroundings must not change
+
+def test_another_default_dtype_changes_nothing():
+    usual = make()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = make()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.frames.dtype == torch.float32 and torch.equal(usual.frames, other.frames)
+
+
+def test_seeds_of_any_kind_and_size():
+    """numpy's integers; beyond 32 bits on a CPU, too, another seed is another video. Below, noise is torch's own."""
+    usual = make(seed=3)
+    assert torch.equal(usual.frames, make(seed=np.int64(3)).frames)
+    assert not torch.equal(usual.frames, make(seed=2 ** 33 + 3).frames)
+    cpu = torch.device("cpu")
+    for seed in (0, 42, 2 ** 32 - 1):
+        assert torch.equal(draw_noise((9,), seed, cpu, torch.float32), torch.randn(9, generator=torch.Generator().manual_seed(seed)))
+    noise = [draw_noise((9,), 3 + 2 ** bits, cpu, torch.float32).tolist() for bits in range(33, 63)]
+    assert len(set(map(tuple, noise))) == len(noise)
+    with pytest.raises(ValueError, match="seed must be a whole number, got 3.5"):
+        make(seed=3.5)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "gbk"])
+def test_a_terminal_without_the_letters_of_a_name(tmp_path, encoding):
+    """Chinese, Greek and an emoji: printed with escapes, and the video is made; an error about such a file is one line, too."""
+    for source, name in ((VOICE, "声λ🙂.flac"), (FACE, "面λ🙂.png")):
+        (tmp_path / name).write_bytes(Path(source).read_bytes())
+    command = [sys.executable, "sample.py", "--audio", str(tmp_path / "声λ🙂.flac"), "--out", str(tmp_path / "出λ🙂.mp4"), "--steps", "1", "--size", "64x64",
+               "--clip-frames", "16", "--clips", "1"]
+    for image, status in (("面λ🙂.png", 0), ("无.png", 2)):
+        done = subprocess.run([*command, "--image", str(tmp_path / image)], cwd=HERE, env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+        assert done.returncode == status and b"Traceback" not in done.stderr and b"codec" not in done.stderr, done.stderr
+    assert b"picture not found" in done.stderr and (tmp_path / "出λ🙂.mp4").is_file()
+
+
+def test_no_ffmpeg_is_said(tmp_path, monkeypatch, capsys):
+    """For sound that needs it, and for mp4; wav and PNG frames do without."""
+    run("-i", VOICE, str(tmp_path / "a.m4a"))
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nowhere"))
+    arguments = ["--image", FACE, "--steps", "1", "--size", "64x64", "--clip-frames", "16", "--clips", "1"]
+    for sound, out in ((str(tmp_path / "a.m4a"), "frames/"), (VOICE, "out.mp4")):
+        capsys.readouterr()
+        assert sample.cli([*arguments, "--audio", sound, "--out", f"{tmp_path}/{out}"]) == 2
+        assert capsys.readouterr().err.startswith("error: no ffmpeg program found: pip install imageio-ffmpeg; without it sound must be")

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from media.sound import RATE
-from fast.probe import pick_device
+from fast.probe import any_terminal, pick_device
 from sample import numbers, open_folder
 from tiny import faces, metrics
 from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
@@ -315,6 +315,7 @@ def evaluate(args):
 
 
 def main(argv=None):
+    any_terminal()
     p = parser()
     try:
         n = evaluate(args := p.parse_args(argv))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fast.probe import any_terminal
+
 SIZE = 128           # pixels, both ways
 FPS = 16             # frame k is shown at k / FPS seconds
 RATE = 16000         # Hz
@@ -433,6 +435,7 @@ def to_picture(frame):
 
 
 def main(argv=None):
+    any_terminal()
     parser = argparse.ArgumentParser(description="Draw a face, to be made to speak by sample.py --image.")
     parser.add_argument("out", help="picture to write, e.g. face.png")
     parser.add_argument("--seed", type=int, default=0, help="another number, another face (default: 0)")
