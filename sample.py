@@ -74,7 +74,8 @@ def parser():
     g = p.add_argument_group("what goes in")
     g.add_argument("--audio", metavar="FILE", help="speech or song: wav, flac, ogg, mp3, m4a, aac, opus, webm or a video's sound (S2V: required)")
     g.add_argument("--image", metavar="FILE", help="reference picture: who or what is seen (S2V, I2V: required; TI2V: may be given)")
-    g.add_argument("--prompt", default="", help="what happens in the scene (T2V: required; default: empty)")
+    g.add_argument("--prompt", default="", help="what happens in the scene (T2V: required; default: empty); weights/tiny knows black, brown, yellow, "
+                   "red, grey hair; blue, green, purple, yellow, white background; happy, sad: 'a person with red hair, happy'")
     g.add_argument("--negative-prompt", help="what must not be seen (default: the checkpoint's)")
     g.add_argument("--pose-video", metavar="FILE", help="video whose motion is followed, sampled at 16 fps (default: none)")
     g.add_argument("--start", type=float, default=0.0, help="seconds to skip in the audio (default: 0)")

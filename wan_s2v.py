@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -151,6 +151,7 @@ class WanS2VPipeline:
     """
 
     def __init__(self, checkpoint, vram=None, keep=True, **choices):
+        from media.given import check_names                          # here, as below: importing `sample` does not need it
         check_names(choices)
         self.checkpoint, self.vram, self.choices, self.networks = checkpoint, vram, choices, Networks(checkpoint, keep)
         self.device = choices.get("device", torch.device("cpu"))
@@ -164,13 +165,14 @@ class WanS2VPipeline:
         choices        as in WanS2VPipeline
         raises         ValueError naming what is missing or wrong
         """
-        from formats.find import local_folder                        # here: a program may bring a Checkpoint of its own
+        from formats.find import local_folder                
         device = pick_device("auto" if device_map is None else str(device_map))
         cap_memory(device, vram)
         return cls(open_checkpoint(local_folder(path)), vram, device=device, dtype=run_dtype(torch_dtype, device), **choices)
 
     def plan(self, **options):
         """Fields of RunConfig -> Plan. Decodes the sound, reads the picture's size, no weights.  raises ValueError for what cannot be used"""
+        from media.given import check_names
         check_names(options)
         free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
         with default_float32():
@@ -211,7 +213,6 @@ class WanS2VPipeline:
         raises                   ValueError for files or values that cannot be used, TypeError for unknown names and kinds
         """
         begin = time.perf_counter()
-        check_names(options)
         if use_fp16:
             run_dtype(torch.float16, self.device)
         if (height is None) != (width is None):
@@ -223,7 +224,7 @@ class WanS2VPipeline:
         given = {name: value for name, value in given.items() if value is not None}
         if twice := given.keys() & options.keys():
             raise ValueError(f"{min(twice)} is given twice, under both of its names: leave one out")
-        from media.given import as_files                             # here: the command line has files
+        from media.given import as_files
         inputs, files = as_files(given | options)
         plan = self.plan(prompt=prompt, negative_prompt=negative_prompt, **inputs)
         if not quiet:
@@ -257,16 +258,6 @@ def in_float32(results):
         yield result
 
 
-def check_names(options):
-    """raises TypeError for the name of no field of RunConfig, with the nearest one that is"""
-    names = [field.name for field in fields(RunConfig)]
-    for name in options:
-        if name not in names:
-            from difflib import get_close_matches                    # here: only where something is wrong
-            near = get_close_matches(name, names, 1)
-            raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
-
-
 # ------------------------------------------------------------------------------------------------------ S2V: sound and picture
 
 @dataclass(frozen=True)
@@ -285,6 +276,9 @@ def generate_s2v(checkpoint, plan, stage, progress):
     """The stages of an S2V video; yields the frames of each clip (1, 3, P, height, width)."""
     o, size, n = plan.config, (plan.height, plan.width), plan.config.clip_frames
     with stage("text"):
+        if checkpoint.sampling.get("picture_db"):                    # a checkpoint of drawn faces, see `warn_unless_known`
+            from tiny import faces
+            faces.warn_unless_known(o.prompt)
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     with stage("audio"):
         encoder = checkpoint.load("audio", o.device, torch.float32)

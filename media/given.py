@@ -1,6 +1,8 @@
-"""Pictures and sounds that a program holds in memory, as the files that everything else reads."""
+"""What a program gives: names that are checked; pictures and sounds in memory, as the files that everything else reads."""
 import os
 import tempfile
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,18 @@ import soundfile
 import torch
 from PIL import Image
 
+from fast.plan import RunConfig
+
 SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}      # nothing is lost
+
+
+def check_names(options):
+    """raises TypeError for the name of no field of RunConfig, with the nearest one that is"""
+    names = [field.name for field in fields(RunConfig)]
+    for name in options:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
 
 
 def as_files(options):

@@ -19,6 +19,7 @@ from fast.plan import keepable
 from fast.probe import Memory
 from formats.checkpoints import Checkpoint
 from media.ffmpeg import probe, run
+from tiny import faces
 from wan_s2v import WanS2VPipeline, draw_noise
 
 HERE = Path(__file__).parents[1]
@@ -150,3 +151,18 @@ def test_no_ffmpeg_is_said(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert sample.cli([*arguments, "--audio", sound, "--out", f"{tmp_path}/{out}"]) == 2
         assert capsys.readouterr().err.startswith("error: no ffmpeg program found: pip install imageio-ffmpeg; without it sound must be")
+
+
+@pytest.mark.parametrize("prompt, unknown", [("女人微笑", "女人微笑"), ("glasses", "glasses"), ("a woman is singing", "woman, is, singing"),
+                                             ("a person with Red hair, happy", None), ("", None), ("portrait with blue background, sad", None)])
+def test_words_that_the_tiny_checkpoint_does_not_know(capsys, prompt, unknown):
+    make(prompt=prompt, quiet=True)
+    err = capsys.readouterr().err
+    assert ("not trained on the words" in err) == (unknown is not None)
+    assert unknown is None or f"words {unknown}: expect" in err and "happy, sad" in err
+
+
+def test_help_lists_the_words():
+    text = " ".join(sample.parser().format_help().split())
+    for words in (f"{', '.join(faces.HAIR)} hair", f"{', '.join(faces.BACKGROUND)} background", ", ".join(faces.MOODS[1:])):
+        assert words in text
