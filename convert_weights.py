@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from fast import fp8
-from fast.probe import private_memory
+from fast.probe import any_terminal, private_memory
 from formats import lora, names
 from formats.checkpoints import DTYPE_NAMES, Entry, change_denoisers, open_checkpoint, parameter_dtype
 from formats.foreign import FORMAT
@@ -329,6 +329,7 @@ def arguments(argv):
 
 
 def main(argv=None):
+    any_terminal()
     args = arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                        # so that half-written folders go then, too
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,11 +11,9 @@ with the input; no half-written file is left.
 import argparse
 import os
 import re
-import statistics
 import sys
 import time
 from dataclasses import fields
-from pathlib import Path
 
 START = time.perf_counter()
 if __name__ == "__main__":                                           # before torch: else freed memory is lost to larger tensors
@@ -24,12 +22,11 @@ import torch
 from tqdm import tqdm
 
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
-from fast.probe import cap_memory, estimate_seconds, pick_device, synchronize
+from fast.probe import any_terminal, cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
 from media.video import check_output
-from wan_s2v import Stages, WanS2VPipeline, open_writer, run_dtype
+from wan_s2v import Progress, Stages, WanS2VPipeline, open_writer, run_dtype
 
-WEIGHTS = Path(__file__).parent / "weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
   python sample.py --audio voice.wav --image face.png                      tiny checkpoint: a drawn face, any laptop, no downloads
@@ -77,7 +74,8 @@ def parser():
     g = p.add_argument_group("what goes in")
     g.add_argument("--audio", metavar="FILE", help="speech or song: wav, flac, ogg, mp3, m4a, aac, opus, webm or a video's sound (S2V: required)")
     g.add_argument("--image", metavar="FILE", help="reference picture: who or what is seen (S2V, I2V: required; TI2V: may be given)")
-    g.add_argument("--prompt", default="", help="what happens in the scene (T2V: required; default: empty)")
+    g.add_argument("--prompt", default="", help="what happens in the scene (T2V: required; default: empty); weights/tiny knows black, brown, yellow, "
+                   "red, grey hair; blue, green, purple, yellow, white background; happy, sad: 'a person with red hair, happy'")
     g.add_argument("--negative-prompt", help="what must not be seen (default: the checkpoint's)")
     g.add_argument("--pose-video", metavar="FILE", help="video whose motion is followed, sampled at 16 fps (default: none)")
     g.add_argument("--start", type=float, default=0.0, help="seconds to skip in the audio (default: 0)")
@@ -86,6 +84,7 @@ def parser():
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
                    f"size (default: {own('size')})")
+    g.add_argument("--enlarge", action="store_true", help="scale a picture of fewer pixels up to that size (S2V; default: off, as official)")
     g.add_argument("--frames", type=int, help="of the video (S2V: at most, default as long as the audio; others 4n + 1, default "
                    f"{own('frames', but='s2v-14B')})")
     g.add_argument("--clips", type=int, help="clips to make, at most (default: as many as the audio needs)")
@@ -93,6 +92,8 @@ def parser():
                    f"{SAMPLING['s2v-14B']['frames']})")
     g.add_argument("--start-from-ref", action="store_true", help="begin with the reference picture itself (default: off; weights/tiny then "
                    "speaks 3 frames late: add --av-offset 3)")
+    g.add_argument("--official", action="store_true", help="place picture and pose as the official code does, with bars where they fall short, "
+                   "and end as it does, up to 0.25 s before the sound (S2V; default: they cover the frame, the last frame is held)")
     g.add_argument("--av-offset", type=int, default=0, metavar="FRAMES",
                    help="play the sound this many frames later, or earlier if negative: -3 undoes the official lead of the mouth over the "
                         "sound, 187.5 ms (default: 0, as official)")
@@ -126,35 +127,10 @@ def one_line(message):
     raise ValueError(f"{message} (see --help)")
 
 
-class Progress:
-    """A bar per clip, with the time that all clips together still need."""
-
-    def __init__(self, clips, device):
-        self.clips, self.device, self.start, self.seconds = clips, device, time.perf_counter(), []
-
-    def __call__(self, clip, steps):
-        if clip == 0:
-            print(f"ready    {time.perf_counter() - START:.1f} s after the start")
-        last = time.perf_counter()
-        with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
-            for n, step in enumerate(bar, 1):
-                yield step
-                synchronize(self.device)                             # or the time of queueing would be shown
-                self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
-                done = clip * len(steps) + n
-                left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
-                bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
-
-    def __str__(self):
-        return f"first {self.seconds[0]:.2f} s, later {statistics.median(self.seconds[1:] or self.seconds):.2f} s"
-
-
 def open_folder(ckpt):
-    """The checkpoint, making a tiny random one if it is asked for by name or none is given."""
-    folder = WEIGHTS / "tiny" if ckpt is None else Path(ckpt)
-    if folder.parent.resolve() == WEIGHTS.resolve() and not folder.exists():
-        from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
-        ensure_tiny(folder)
+    """The checkpoint of a folder (see `local_folder`), saying where its numbers come from if from no published model."""
+    from formats.find import local_folder                            # here, as below: importing `sample` does not need it
+    folder = local_folder(ckpt)
     checkpoint = open_checkpoint(folder)
     if checkpoint.note:
         print(f"using {folder.parent.name}/{folder.name}, {checkpoint.note}")
@@ -179,12 +155,13 @@ def main(args):
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
-    pipeline = WanS2VPipeline(checkpoint, args.vram, **choices(args))
+    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=False, **choices(args))
     cap_memory(pipeline.device, args.vram)
     plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
     print(plan)
+    from fast.estimate import estimate_seconds                       # here: importing `sample` does not need it
     print(f"time     about {tqdm.format_interval(round(estimate_seconds(plan)))} of denoising")
-    stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device)
+    stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
     with open_writer(args.out, plan, args.av_offset) as writer:
         try:
             for frames in pipeline.generate(plan, stages, progress):
@@ -211,6 +188,7 @@ def device_errors():
 
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
+    any_terminal()
     try:
         main(args := parser().parse_args(argv))
         return 0

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import convert_weights
 from audio import audio_features
+from fast.probe import any_terminal
 from media.sound import load_audio
 from fast import fp8
 from formats import checkpoints, lora
@@ -343,6 +344,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    any_terminal()
     return run(parse(argv))
 
 

@@ -1,7 +1,7 @@
 """The pipelines: one picture and one sound become one video, clip by clip; a prompt or a picture become one clip.
 
 Stages  plan -> text (umT5) -> audio (wav2vec2) -> picture (VAE) -> per clip: denoise, decode, encode the last frames for the next clip.
-Each network is loaded when its stage begins and released when it ends; frames leave as soon as their clip is done.
+Each network is loaded when its stage begins; it stays for the next video where there is room, else is released; frames leave as soon as their clip is done.
 
     S2V     clips of 80 frames = 20 latent frames, see `make_clips`
     T2V     two experts; latents from noise alone
@@ -11,21 +11,23 @@ Each network is loaded when its stage begins and released when it ends; frames l
 Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
+import statistics
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from audio import audio_features
-from fast.plan import FPS, WARM_UP, Plan, RunConfig, make_plan
-from fast.probe import cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
+from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan
+from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
-from media.video import VideoWriter
+from media.video import VideoWriter, check_output
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
@@ -63,14 +65,42 @@ class Stages:
             f"{self.private:.1f} without mapped files"
 
 
-@dataclass(frozen=True)
+class Progress:
+    """A bar per clip, with the time that all clips together still need."""
+
+    def __init__(self, clips, device, begin):
+        self.clips, self.device, self.begin, self.start, self.seconds = clips, device, begin, time.perf_counter(), []
+
+    def __call__(self, clip, steps):
+        if clip == 0:
+            print(f"ready    {time.perf_counter() - self.begin:.1f} s after the start")
+        last = time.perf_counter()
+        with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
+            for n, step in enumerate(bar, 1):
+                yield step
+                synchronize(self.device)                             # or the time of queueing would be shown
+                self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
+                done = clip * len(steps) + n
+                left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
+                bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
+
+    def __str__(self):
+        return f"first {self.seconds[0]:.2f} s, later {statistics.median(self.seconds[1:] or self.seconds):.2f} s"
+
+
+@dataclass(frozen=True, repr=False)
 class Video:
-    """A finished video.  frames (3, P, height, width) float32 in [-1, 1], plan as it was made from"""
+    """A finished video.  frames (3, P, height, width) float32 in [-1, 1], plan as it was made from, files that only it needs"""
     frames: torch.Tensor
     plan: Plan
+    files: object = None
+
+    def __repr__(self):
+        P, height, width = self.frames.shape[1:]
+        return f"Video: {P} frames of {width}x{height}, {P / self.plan.fps:.2f} s at {self.plan.fps:g} fps; .save('out.mp4') writes it"
 
     def save(self, path, av_offset=0):
-        """Write an mp4 with the sound, or PNG frames if path ends in "/"."""
+        """Write an mp4 with the sound, or PNG frames if path ends in "/"; missing folders are made."""
         with open_writer(path, self.plan, av_offset) as writer:
             writer.write(self.frames)
         return path
@@ -82,33 +112,71 @@ def open_writer(path, plan, av_offset=0):
     return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
 
 
+class Networks:
+    """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`)."""
+
+    def __init__(self, checkpoint, keep):
+        self.checkpoint, self.keep, self.names, self.kept = checkpoint, keep, set(), {}      # kept: name -> (how it was loaded, network)
+
+    def __getattr__(self, name):
+        return getattr(self.checkpoint, name)
+
+    def begin(self, plan):
+        """Let go of what a plan has no room for."""
+        self.names = keepable(plan, self.checkpoint) if self.keep else set()
+        self.kept = {name: kept for name, kept in self.kept.items() if name in self.names}
+        return self
+
+    def load(self, name, *how):
+        """As Checkpoint.load, or the network of an earlier video."""
+        if name in self.kept and self.kept[name][0] == how:
+            return self.kept[name][1]
+        self.kept.pop(name, None)                                    # first, or both would be there
+        net = self.checkpoint.load(name, *how)
+        if name in self.names:
+            self.kept[name] = how, net
+        return net
+
+    def nbytes(self, device):
+        """Of what is kept on a device."""
+        return sum(p.nbytes for _, net in self.kept.values() for p in net.parameters() if p.device.type == device.type)
+
+
 class WanS2VPipeline:
     """A checkpoint of any task of the family -> video. See `__call__`; or `plan`, then `generate`, which gives the frames clip by clip.
 
     checkpoint  from formats.checkpoints.open_checkpoint        vram     GiB of a card to plan for; None: what is free
+    keep        the networks between videos, as far as memory allows
     choices     fields of RunConfig that hold for every video: device, dtype, vae_dtype, fp8, compile, attention8, resident
     """
 
-    def __init__(self, checkpoint, vram=None, **choices):
-        self.checkpoint, self.vram, self.choices = checkpoint, vram, choices
+    def __init__(self, checkpoint, vram=None, keep=True, **choices):
+        from media.given import check_names                          # here, as below: importing `sample` does not need it
+        check_names(choices)
+        self.checkpoint, self.vram, self.choices, self.networks = checkpoint, vram, choices, Networks(checkpoint, keep)
         self.device = choices.get("device", torch.device("cpu"))
 
     @classmethod
-    def from_pretrained(cls, path, torch_dtype=None, device_map="auto", vram=None, **choices):
-        """path        folder in the official or converted layout, or a hub id that huggingface_hub can find
+    def from_pretrained(cls, path=None, torch_dtype=None, device_map="auto", vram=None, **choices):
+        """path        folder in the official or converted layout, or a hub id that huggingface_hub can find; None: weights/tiny
         torch_dtype    of the large linear layers on a GPU: bfloat16 (default) or float32; float16 runs as bfloat16; a CPU runs float32
         device_map     "auto" (a GPU if there is one), or a device; what stays on it and what is streamed follows from its free memory
         vram           GB of a card to plan for, and the most that this process then takes
         choices        as in WanS2VPipeline
         raises         ValueError naming what is missing or wrong
         """
+        from formats.find import local_folder                
         device = pick_device("auto" if device_map is None else str(device_map))
         cap_memory(device, vram)
         return cls(open_checkpoint(local_folder(path)), vram, device=device, dtype=run_dtype(torch_dtype, device), **choices)
 
     def plan(self, **options):
         """Fields of RunConfig -> Plan. Decodes the sound, reads the picture's size, no weights.  raises ValueError for what cannot be used"""
-        return make_plan(RunConfig(**self.choices | options), self.checkpoint, free_memory(self.device, self.vram))
+        from media.given import check_names
+        check_names(options)
+        free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
+        with default_float32():
+            return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
 
     @torch.no_grad()
     def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
@@ -119,34 +187,75 @@ class WanS2VPipeline:
         yields    (3, P, height, width) float32 in [-1, 1] on the CPU
         """
         stage, make, left = stage or Stages(), generate_s2v if plan.sound is not None else generate_video, plan.frames
-        for frames in make(self.checkpoint, plan, stage, progress):
+        for frames in in_float32(make(self.networks.begin(plan), plan, stage, progress)):
             yield frames[0, :, :left].float().cpu()
             left -= frames.shape[2]
+        if left > 0:                                                 # the sound goes on for a moment, see `count_clips`
+            yield frames[0, :, -1:].float().cpu().expand(-1, left, -1, -1)
 
     def __call__(self, audio_path=None, image_path=None, prompt="", negative_prompt=None, num_frames=None, height=None, width=None,
-                 guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, **options):
-        """One video.
+                 guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, out=None,
+                 quiet=False, **options):
+        """One video. Prints the plan and a progress bar.
 
-        audio_path, image_path   files of any common format
+        audio_path               file of any common format, or (samples, rate): numpy or torch, (n,) or (n, channels), floats in [-1, 1] or int16
+        image_path               file of any common format, or a PIL picture
         num_frames               of the video; S2V: at most, default as long as the sound; other tasks: the checkpoint's
         height, width            with a picture a budget of pixels, in the picture's own shape; without one the exact size
         guidance_scale, num_inference_steps    default: the checkpoint's
         generator                a torch.Generator: its seed is used
-        enable_cpu_offload       no effect: every network leaves the device when its stage ends
+        enable_cpu_offload       no effect: networks for which there is no room leave the device when their stage ends
         use_fp16                 runs as bfloat16, with a warning: float16 overflows in this model family
+        out                      file or folder as in `Video.save`: refused before the work if it cannot be written, written at its end
+        quiet                    print warnings only
         options                  any other field of RunConfig: shift, solver, seed, clips, clip_frames, pose_video, start_from_ref, ...
         returns                  Video, with .frames and .save(path)
-        raises                   ValueError for files or values that cannot be used
+        raises                   ValueError for files or values that cannot be used, TypeError for unknown names and kinds
         """
+        begin = time.perf_counter()
         if use_fp16:
             run_dtype(torch.float16, self.device)
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
-        if generator is not None:
-            options["seed"] = generator.initial_seed()
-        plan = self.plan(audio=audio_path, image=image_path, prompt=prompt, negative_prompt=negative_prompt, frames=num_frames,
-                         size=None if height is None else (width, height), guidance=guidance_scale, steps=num_inference_steps, **options)
-        return Video(torch.cat(list(self.generate(plan)), dim=1), plan)
+        if out is not None:
+            check_output(out)
+        given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
+                     guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
+        given = {name: value for name, value in given.items() if value is not None}
+        if twice := given.keys() & options.keys():
+            raise ValueError(f"{min(twice)} is given twice, under both of its names: leave one out")
+        from media.given import as_files
+        inputs, files = as_files(given | options)
+        plan = self.plan(prompt=prompt, negative_prompt=negative_prompt, **inputs)
+        if not quiet:
+            any_terminal()
+            print(plan)
+        progress = () if quiet else (Progress(plan.clips, self.device, begin),)
+        video = Video(torch.cat(list(self.generate(plan, Stages(self.device), *progress)), dim=1), plan, files)
+        if out is not None:
+            video.save(out)
+        return video
+
+
+@contextmanager
+def default_float32():
+    """Whatever torch.set_default_dtype says outside."""
+    outside = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(outside)
+
+
+def in_float32(results):
+    """The results of a generator that runs under default_float32, while their user does not."""
+    while True:
+        with default_float32():
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
 
 
 # ------------------------------------------------------------------------------------------------------ S2V: sound and picture
@@ -167,6 +276,9 @@ def generate_s2v(checkpoint, plan, stage, progress):
     """The stages of an S2V video; yields the frames of each clip (1, 3, P, height, width)."""
     o, size, n = plan.config, (plan.height, plan.width), plan.config.clip_frames
     with stage("text"):
+        if checkpoint.sampling.get("picture_db"):                    # a checkpoint of drawn faces, see `warn_unless_known`
+            from tiny import faces
+            faces.warn_unless_known(o.prompt)
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     with stage("audio"):
         encoder = checkpoint.load("audio", o.device, torch.float32)
@@ -175,12 +287,12 @@ def generate_s2v(checkpoint, plan, stage, progress):
         del encoder
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
-        picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
+        picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]
         warn_unless_known(vae, picture, o.image, checkpoint.sampling.get("picture_db"))
     shape = (1, vae.config.z_dim, *plan.latent_shape)
     noise = [partial(draw_noise, shape, o.seed + clip, o.device, o.dtype) for clip in range(plan.clips)]       # on a GPU bf16, as official L571
     from media.frames import load_pose
-    pose = [partial(load_pose, o.pose_video, n, size, FPS, first=clip * n) if o.pose_video else None for clip in range(plan.clips)]
+    pose = [partial(load_pose, o.pose_video, n, size, FPS, clip * n, o.official) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
     yield from make_clips(inputs, vae, load_experts(checkpoint, plan), o, stage, progress)
 
@@ -276,7 +388,7 @@ def image_condition(vae, picture, frames):
 
 def encode_text(checkpoint, prompts, plan):
     """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""
-    encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, resident=plan.memory.text_resident)
+    encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
     tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
     return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
 
@@ -298,6 +410,7 @@ def load_experts(checkpoint, plan):
 
 def load_vae(checkpoint, plan):
     vae = checkpoint.load("vae", plan.config.device, plan.config.vae_dtype)
+    vae.to(plan.config.device, plan.config.vae_dtype)                # one that was kept may wait in host memory, or have gone on in float32
     vae.tiles = plan.memory.tiles
     return vae
 
@@ -336,7 +449,10 @@ def warn_unless_known(vae, picture, path, least):
 
 
 def draw_noise(shape, seed, device, dtype):
-    """From a fresh generator on the run's device, so that a seed gives what it gives in the official code."""
+    """From a fresh generator on the run's device, so that a seed gives what it gives in the official code; but that on a CPU, whose generator
+    reads 32 bits, larger seeds are mixed into as many: officially 3 and 2^33 + 3 are one."""
+    if device.type == "cpu" and seed >= 2 ** 32:
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
@@ -347,16 +463,3 @@ def run_dtype(wanted, device):
     if device.type == "cpu" or wanted == torch.float32:
         return torch.float32
     return torch.bfloat16
-
-
-def local_folder(path):
-    """A checkpoint folder on this machine, fetched by huggingface_hub if path is a hub id and that package is installed."""
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path)))
-    except ImportError:
-        raise ValueError(f"no checkpoint folder {path}: give a folder, or install huggingface_hub to use a hub id") from None
-    except Exception as error:                                       # of that package: network, login, unknown id
-        raise ValueError(f"no checkpoint folder {path}, and the hub did not give it ({type(error).__name__}): give a local folder") from None

@@ -27,7 +27,8 @@ import torch
 
 from fast import attention8, blocks
 from fast.plan import MAX_CLIP_FRAMES, MemoryPlan, RunConfig, plan_memory, token_counts
-from fast.probe import GIB, cap_memory, forward_flops, free_memory, memory_used, pick_device, rates, synchronize
+from fast.estimate import forward_flops, rates
+from fast.probe import GIB, cap_memory, free_memory, memory_used, pick_device, synchronize
 from formats.checkpoints import Entry, materialise, parameter_shapes
 from sample import DTYPES, size
 from tiny import random_weights

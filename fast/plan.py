@@ -9,6 +9,7 @@ or, where many tokens are worked on at once, just before or behind it. If it doe
 the host; offload blocks. The VAE waits in host memory while the denoiser works; while the VAE works the denoiser stays on the device.
 """
 import math
+import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +23,13 @@ from media.sound import RATE, load_audio
 from media.ffmpeg import probe
 from model import MOTION_BUCKETS, PATCH
 from sampling import SOLVERS
-from vae import VAE, CausalConv, cut_tiles
 
 FPS = 16                     # of S2V: audio frames are made at this rate
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
 MAX_CLIP_FRAMES = 120        # 30 latent frames have RoPE times 0..29; the reference picture has 30 and must not be met
 
 OVERHEAD = 0.9 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 without a limit reserved 0.7 to 1.1 more
-VAE_OVERHEAD = 0.3 * GIB
 HOST_OVERHEAD = 1.8 * GIB    # PyTorch, CUDA and Python: an H200 machine had 16.9 GiB in use with 15.2 pinned
-VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
 CHUNK = 8192                 # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.5 * GIB
 TILES = 4                    # of the VAE: more cost time
@@ -47,6 +45,7 @@ class RunConfig:
     prompt: str = ""
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None   # (width, height): with a picture, their product is a budget and the picture's shape is kept
+    enlarge: bool = False                 # S2V: a picture of fewer pixels than that is scaled up to them
     steps: int | None = None
     shift: float | None = None
     guidance: float | tuple[float, ...] | None = None   # one value, or (low noise, high noise)
@@ -57,6 +56,7 @@ class RunConfig:
     clip_frames: int | None = None        # pixel frames made at once: a multiple of 4, at most 120
     pose_video: str | None = None
     start_from_ref: bool = False          # the first clip begins with the reference picture itself
+    official: bool = False                # S2V: picture and pose placed, and frames counted, as the official code does, see `count_clips`
     start: float = 0.0                    # seconds into the audio
     duration: float | None = None         # seconds of audio to use
     device: torch.device = torch.device("cpu")
@@ -74,7 +74,8 @@ class RunConfig:
         defaults |= {"clip_frames" if s2v else "frames": s["frames"], "dtype": torch.bfloat16 if gpu else torch.float32,
                      "vae_dtype": torch.float16 if gpu else torch.float32}
         o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
-        o = replace(o, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
+        whole = {name: whole_number(name, getattr(o, name)) for name in ("steps", "seed", "frames", "clips", "clip_frames", "resident")}
+        o = replace(o, **whole, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
         for name, ok, want in (
                 ("steps", 1 <= o.steps <= 1000, "1 to 1000"),
                 ("shift", 0 < o.shift <= 100, "above 0, at most 100"),
@@ -91,6 +92,14 @@ class RunConfig:
             if not ok:
                 raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
         return o
+
+
+def whole_number(name, value):
+    """Any kind of integer, numpy's too -> int; None stays.  raises ValueError"""
+    try:
+        return value if value is None else operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value}") from None
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,16 @@ class Plan:
     sizes: dict[str, float]      # component -> GiB on disk
     memory: MemoryPlan
     free: Memory
+    notes: tuple[str, ...] = ()  # what the user may not expect, and what to do
 
     @property
     def video_tokens(self):
         return math.prod(self.latent_shape) // math.prod(PATCH)
+
+    @property
+    def held(self):
+        """How many frames the last one is shown longer."""
+        return 0 if self.sound is None else max(0, self.frames - self.clips * self.config.clip_frames + warm_up(self.config))
 
     @property
     def forwards(self):
@@ -148,12 +163,17 @@ class Plan:
             heard, shown = len(self.sound) / RATE, self.frames / FPS
             sound = [f"sound    {heard:.2f} s of {Path(o.audio).name}"]
             made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
-            if abs(heard - shown) >= 1 / FPS:
-                cut = f"; {'sound' if heard > shown else 'picture'} cut to {min(heard, shown):.2f} s, the shorter of the two"
+            if heard > shown + 1e-3:
+                cut = f": the last {heard - shown:.2f} s of the sound are left out"
+            elif shown - heard >= 1 / FPS:
+                cut = f", of which the video takes {heard:.2f} s and ends with the sound"
+            elif self.held:
+                cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
         tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
         return "\n".join((
             *sound,
             f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
+            *self.notes,
             f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
             f"tokens   {tokens}",
             f"weights  {size_table(self.sizes)}",
@@ -189,12 +209,12 @@ def make_plan(config, checkpoint, free):
     config, cfg, vae = config.resolve(checkpoint), checkpoint.configs["denoiser"], checkpoint.configs["vae"]
     kind = checkpoint.task.split("-")[0]
     check_inputs(config, checkpoint.task, kind, vae.stride[0])
-    height, width = frame_size(config, kind, vae.stride[1])
+    height, width, notes = frame_size(config, kind, vae.stride[1])
     H, W = height // vae.stride[1], width // vae.stride[2]
-    fields = dict(task=checkpoint.task, height=height, width=width, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
+    fields = dict(task=checkpoint.task, height=height, width=width, notes=notes, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
     if kind == "s2v":
         shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
-        clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)))
+        clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)), len(sound) / RATE)
         first, later = token_counts(shape)
         tokens = (later,) if config.start_from_ref else (first, later) if clips > 1 else (first,)
         fields |= dict(fps=FPS, clips=clips, frames=frames, sound=sound, tokens=tokens)
@@ -231,26 +251,45 @@ def check_inputs(o, task, kind, stride):
 
 
 def frame_size(o, kind, stride):
-    """(height, width) of a frame: the picture's shape within the pixel budget, or without a picture exactly what was asked for."""
+    """(height, width) of a frame: the picture's shape within the pixel budget, or without a picture exactly what was asked for; and notes."""
     width, height = o.size
     if o.image:
         rule, step = {"s2v": (s2v_size, 8), "i2v": (i2v_size, 2), "ti2v": (ti2v_size, 2)}[kind]
-        picture = load_image(o.image)
-        return rule(picture.height, picture.width, width * height, step=step * stride)
+        picture, area = load_image(o.image), width * height
+        own = rule(picture.height, picture.width, area, step=step * stride)
+        if kind != "s2v" or picture.width * picture.height >= area:
+            return *own, ()
+        times = math.ceil(math.sqrt(area / (picture.width * picture.height)))             # at least the area, which the rule then cuts down to
+        large = rule(picture.height * times, picture.width * times, area, step=step * stride)
+        if o.enlarge or math.prod(large) <= math.prod(own):
+            return *(large if o.enlarge else own), ()
+        return *own, (f"size     of {width}x{height} the picture fills only its own {picture.width}x{picture.height}: --enlarge makes "
+                      f"{large[1]}x{large[0]} of it",)
     if width % (2 * stride) or height % (2 * stride):
         raise ValueError(f"width and height must be multiples of {2 * stride}, got {width}x{height}: "
                          f"take {max(1, round(width / 2 / stride)) * 2 * stride}x{max(1, round(height / 2 / stride)) * 2 * stride}")
-    return height, width
+    return height, width, ()
 
 
-def count_clips(o, states):
-    """states: of wav2vec2 in time, 50 a second -> clips, frames of the whole video"""
-    _, clips = audio_frame_indices(int(states / 50 * 30), FPS, o.clip_frames)
-    clips, dropped = min(o.clips or clips, clips), 0 if o.start_from_ref else WARM_UP
+def count_clips(o, states, seconds):
+    """states: of wav2vec2 in time, 50 a second; seconds of sound -> clips, frames of the whole video
+
+    A sound of exactly 5 s fills one clip, of which 77 frames are shown. The official video ends there and loses 0.19 s of the sound; here the
+    last frame is held, unless the user asked for fewer clips or frames, or for the official way.
+    """
+    _, needed = audio_frame_indices(int(states / 50 * 30), FPS, o.clip_frames)
+    clips = min(o.clips or needed, needed)
     if o.frames:
-        clips = min(clips, -(-(o.frames + dropped) // o.clip_frames))
-    total = clips * o.clip_frames - dropped
+        clips = min(clips, -(-(o.frames + warm_up(o)) // o.clip_frames))
+    total = clips * o.clip_frames - warm_up(o)
+    if clips == needed and not o.official:
+        total = max(total, math.ceil(seconds * FPS - 1e-6))
     return clips, min(total, o.frames or total)
+
+
+def warm_up(o):
+    """Frames of the first clip that are not shown."""
+    return 0 if o.start_from_ref else WARM_UP
 
 
 def token_counts(latent_shape):
@@ -299,6 +338,7 @@ def choose(config, checkpoint, latent_shape, tokens, free):
     if limit is None:
         peak = int(weights * len(checkpoint.experts) + activation_bytes(config, cfg, tokens, MemoryPlan(fp8=fp8)))
         return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, host=int(max(peak, text(None)[0]) + video))
+    from fast.vae_plan import vae_cuts                               # here: a CPU does without
     cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype)
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
     choices = [(way, config.resident) for way in ways]
@@ -318,6 +358,19 @@ def choose(config, checkpoint, latent_shape, tokens, free):
         host += ((4 * T + 73) * frame + (T + 19) * H * W * vae_cfg.dec_dim * vae_cfg.dim_mult[-1]) * config.vae_dtype.itemsize
     return replace(chosen, text_resident=text_resident, tiles=tiles, denoiser=int(denoiser), weights=int(weights), streamed=pinned,
                    host=int(host), text=int(text_peak + TEXT_ACTIVATIONS), vae=int(weights + vae + decode))
+
+
+def keepable(plan, checkpoint):
+    """{names of components whose networks may stay after their stage}: for which there is room beside all that a plan takes, largest first."""
+    config, m, free = plan.config, plan.memory, plan.free
+    room, names = free.host - m.host if free.device is None else free.device - m.peak, set()
+    for name, part in sorted(checkpoint.parts.items(), key=lambda item: -item[1].nbytes):
+        streamed = dict(denoiser=m.resident, text=m.text_resident).get(part.kind) is not None
+        size = weigh(part, config)(None)[0] if part.kind in ("denoiser", "text") else 4 * part.parameters
+        if not streamed and size <= room:
+            names.add(name)
+            room -= size
+    return names
 
 
 def weigh(part, config):
@@ -357,42 +410,3 @@ def activation_bytes(config, cfg, tokens, memory):
 def layer_bytes(cfg, config):
     """The text keys and values of all blocks, for one guidance branch."""
     return cfg.n_layer * 2 * cfg.text_len * cfg.dim * config.dtype.itemsize
-
-
-def vae_cuts(config, H, W, dtype):
-    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
-    return [(tiles, VAE_WORKSPACE * vae_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
-            for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
-
-
-def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
-    """About the most bytes that encoding or decoding a video of H x W latents takes on a device, whichever is more.
-
-    Not counted: the weights, what the caller holds and the work space of convolution kernels.
-    """
-    return max(vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode) for decode in (False, True))
-
-
-def vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode):
-    """The feature cache (two frames per causal convolution), the working set of the largest residual block or upsampling, a chunk of video."""
-    with torch.device("meta"):
-        net = VAE(config).decoder if decode else VAE(config).encoder
-    cuts, full, frames = cut_tiles(H, W, tiles), 2 ** len(config.temporal_downsample), chunk * config.stride[0]
-    n, scale, halos = chunk, 1, config.decoder_halos
-    if not decode:
-        n, scale, halos = frames, full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
-    held, live = 10 * H * W * net.middle.block1.conv1.in_channels, []             # the five convolutions of the bottleneck
-    for stage, halo in zip(net.stages, halos):
-        pixels = min(H, W) * scale * max(stop - start for start, stop in (tile.bounds(scale, halo) for tile in cuts))
-        c_in, C, time = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels, getattr(stage.resample, "time", None)
-        cached = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
-        cached += [net.conv_out if decode else net.conv_in] if scale == full else []
-        held += 2 * pixels * sum(layer.in_channels for layer in cached)
-        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, normed, with its cache; output
-        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same beside the stage's input
-        if decode and stage.resample:
-            n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
-            live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
-        elif stage.resample:
-            n, scale = n // (2 if time else 1), scale // 2
-    return (held + max(live)) * dtype.itemsize + 4 * 3 * H * W * config.stride[1] ** 2 * frames // tiles   # the video is float32

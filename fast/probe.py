@@ -1,13 +1,12 @@
-"""What this machine is and can do: devices, free memory, rates. Everything that plan.py's arithmetic is told, and the estimate of time."""
+"""What this machine is and can do: devices and memory. Everything that plan.py's arithmetic is told."""
 import os
 import re
 import resource
-import time
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 GIB = 2 ** 30
 USABLE = 0.9                 # of a card's memory: the rest goes to the CUDA context and a desktop
@@ -35,12 +34,13 @@ def cuda_index(device):
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def free_memory(device, vram=None):
-    """-> Memory.  vram: GiB of a card to plan for, of which USABLE is taken"""
+def free_memory(device, vram=None, held=0):
+    """-> Memory.  vram: GiB of a card to plan for, of which USABLE is taken        held: bytes on the device that can be had back"""
     host, total = host_memory()
     if device.type != "cuda":
-        return Memory(None, host, total)
-    free = int(0.97 * torch.cuda.mem_get_info(cuda_index(device))[0])
+        return Memory(None, host + held, total)
+    held += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)         # what the allocator has and nobody uses
+    free = int(0.97 * (torch.cuda.mem_get_info(cuda_index(device))[0] + held))
     return Memory(free if vram is None else min(free, int(vram * USABLE * GIB)), host, total)
 
 
@@ -52,61 +52,16 @@ def cap_memory(device, vram):
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram * USABLE * GIB / total), device)
 
 
+def any_terminal():
+    """From now on letters that the terminal does not have are printed as \\u escapes, and are no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                           # not where something else stands in their place
+            stream.reconfigure(errors="backslashreplace")
+
+
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# ----------------------------------------------------------------------------------------------------------------- rates and time
-
-def forward_flops(cfg, tokens, video_tokens):
-    """Operations of one forward -> (in linear layers and text attention, in self-attention); a multiply and an add are two."""
-    C, S = cfg.dim, cfg.text_len
-    linear = cfg.n_layer * 2 * tokens * (6 * C * C + 2 * C * cfg.ffn_dim) + len(cfg.audio_layers) * 2 * video_tokens * 2 * C * C
-    return linear + cfg.n_layer * 4 * tokens * S * C, cfg.n_layer * 4 * tokens * tokens * C
-
-
-def best_seconds(run, device, repeats=3):
-    """The least of some calls, after a warm-up."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def rates(cfg, config, fp8_matrices, tokens):
-    """FLOP/s of plain matrix products and of self-attention at this network's shapes, both as the run will do them.  config: RunConfig"""
-    from fast import fp8                                             # here, as below: a CPU that plans needs neither
-    from fast.attention8 import attention8
-    from fast.blocks import attend, attention_backend
-    device, dtype, C = config.device, config.dtype, cfg.dim
-    x, w, q, k, v = (torch.randn(size, device=device, dtype=dtype) for size in (
-        (min(tokens, 32768), C), (cfg.ffn_dim, C), *[(1, tokens, cfg.n_head, C // cfg.n_head)] * 3))
-    if fp8_matrices and fp8.multiplies_fp8(device):
-        (a, a_scale), (b, b_scale) = fp8.quantize(x), fp8.quantize_weight(w)
-
-        def product():
-            return torch._scaled_mm(a, b.t(), a_scale, b_scale.t(), out_dtype=dtype, use_fast_accum=fp8.FAST_ACCUM)
-    else:
-        def product():
-            return F.linear(x, w)
-    with attention_backend(device):
-        matmul = best_seconds(product, device)
-        attention = best_seconds(lambda: (attention8 if config.attention8 else attend)(q.clone(), k.clone(), v.clone()), device)
-    return 2 * len(x) * C * cfg.ffn_dim / matmul, 4 * tokens * tokens * C / attention
-
-
-def estimate_seconds(plan):
-    """Of the denoising of a whole video, from a probe of a second: 85% of the rates it finds."""
-    cfg, tokens = plan.denoiser, plan.tokens[-1]
-    some = min(tokens, 8192 if plan.config.device.type == "cuda" else 1024)
-    matmul, attend = rates(cfg, plan.config, plan.memory.fp8, some)
-    linear, attn = forward_flops(cfg, tokens, plan.video_tokens)
-    return plan.forwards * (linear / matmul + attn / attend) / 0.85
 
 
 # -------------------------------------------------------------------------------------------------------------------- memory used

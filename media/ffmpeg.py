@@ -4,6 +4,7 @@ The wheel has no ffprobe. Facts are read from formats that ffmpeg documents: the
 """
 import os
 import re
+import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from fractions import Fraction
 
 import imageio_ffmpeg
 
-REMEDY = "pip install imageio-ffmpeg, or write PNG frames with an output path that ends in /"
+REMEDY = "pip install imageio-ffmpeg; without it sound must be wav, flac, ogg or mp3 and the output PNG frames, with a path that ends in /"
 # The clock of every sound: the timestamps of its packets, from the first on. Missing packets leave silence; where timestamps go back, as where
 # two files were joined, what follows is put behind what came before. Less than 20 ms is rounding.
 CLOCK = "asetpts='st(0,if(isnan(PREV_INPTS),-PTS,if(lt(PTS+ld(0),ld(1)-0.02/TB),ld(1)-PTS,ld(0))));" \
@@ -30,9 +31,12 @@ class NoFFmpeg(OSError):
 
 def ffmpeg_command(*args):
     try:
-        return [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", *args]
+        program = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
-        raise NoFFmpeg(f"no ffmpeg program found: {REMEDY}") from None
+        program = ""
+    if not shutil.which(program):
+        raise NoFFmpeg(f"no ffmpeg program found: {REMEDY}")
+    return [program, "-nostdin", *args]
 
 
 def source(path):

@@ -108,9 +108,11 @@ def check_output(path, need=2**24):
                          "or an empty folder for PNG frames")
     if not folder and os.path.splitext(full)[1].lower() not in SUFFIXES:
         raise ValueError(f"cannot write {path}: wanted a name that ends in {' or '.join(SUFFIXES)}, or in / for a folder of PNG frames")
+    while not os.path.lexists(parent):      # missing folders are made when the first frame comes
+        parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
-        raise ValueError(f"cannot write {path}: the folder {parent} does not exist, create it first")
-    trial = _temporary(full)
+        raise ValueError(f"cannot write {path}: {parent} is a file, not a folder: choose another name")
+    trial = _temporary(os.path.join(parent, "x"))
     try:
         with open(trial, "xb") as file:      # really tried: permission bits do not tell of read-only or full disks
             file.write(bytes(2**16))
@@ -132,7 +134,7 @@ def _check_encoder():
     except FFmpegError as error:
         raise ValueError(f"no H.264 encoder (libx264) that works: {error}; {REMEDY}") from None
     except OSError as error:
-        raise ValueError(f"no working ffmpeg ({error}): {REMEDY}") from None
+        raise ValueError(error) from None
 
 
 def _temporary(path, suffix=""):
@@ -227,6 +229,7 @@ class VideoWriter:
         _remove(self.temp)
 
     def _start(self):
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
         if self.as_frames:
             os.makedirs(self.temp, exist_ok=True)
         elif self.encoder is None:

@@ -377,7 +377,7 @@ def test_picture_outlives_its_sound(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path, says", [
-    ("a.avi", "ends in .mp4"), ("a", "ends in .mp4"), ("nowhere/a.mp4", "does not exist"), ("file/a.mp4", "does not exist"),
+    ("a.avi", "ends in .mp4"), ("a", "ends in .mp4"), ("file/a.mp4", "is a file"),
     (".", "not empty"), ("full/", "not empty"), ("/proc/a.mp4", "cannot write into"), ("/proc/frames/", "cannot write into")])
 def test_outputs_that_cannot_be(tmp_path, monkeypatch, path, says):
     monkeypatch.chdir(tmp_path)
@@ -393,7 +393,7 @@ def test_space_and_encoder_are_checked(tmp_path, monkeypatch):
     check_output(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="make room"):
         check_output(tmp_path / "a.mp4", need=2**60)
-    for program, says in (("/bin/false", "no H.264 encoder"), ("/nowhere/ffmpeg", "no working ffmpeg")):
+    for program, says in (("/bin/false", "no H.264 encoder"), ("/nowhere/ffmpeg", "no ffmpeg program found")):
         monkeypatch.setattr(ffmpeg.imageio_ffmpeg, "get_ffmpeg_exe", lambda: program)
         with pytest.raises(ValueError, match=f"{says}.*ends in /"):
             check_output(tmp_path / "a.mp4")

@@ -4,9 +4,12 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -194,6 +197,34 @@ def test_defaults_of_the_family(task, options, made):
     assert (got.config.dtype, got.config.vae_dtype, got.config.solver) == (torch.bfloat16, torch.float16, "unipc")
     assert got.tokens[0] == (got.video_tokens * 21 // 20 if task == "s2v-14B" else got.video_tokens)
     assert got.memory.peak < 141 * GIB and "all blocks resident" in str(got)
+
+
+@pytest.mark.parametrize("seconds, clip_frames, made, official", [
+    (5, None, (1, 80), 77), (10, None, (2, 160), 157), (60, None, (12, 960), 957), (5.01, None, (2, 157), 157), (4.5, None, (1, 77), 77),
+    (1, 16, (1, 16), 13), (0.9, 16, (1, 15), 13)])
+def test_nothing_heard_is_lost_at_the_end(tmp_path, seconds, clip_frames, made, official):
+    """The frames last as long as the sound; the official count where it is asked for; what a user leaves out is left out."""
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, int(16000 * seconds)), 16000)
+    options = GIVEN | dict(audio=str(tmp_path / "a.wav"), clip_frames=clip_frames)
+    ours, theirs = plan(released("s2v-14B"), **options), plan(released("s2v-14B"), **options, official=True)
+    assert (ours.clips, ours.frames) == made and ours.frames / 16 >= min(seconds, made[1] / 16)
+    assert (theirs.clips, theirs.frames) == (made[0], official) and theirs.held == 0
+    assert ours.held == made[1] - official and ("the last frame held" in str(ours)) == (ours.held > 0)
+    if ours.held:
+        assert f"the last {seconds - official / 16:.2f} s of the sound are left out" in str(theirs)
+        assert plan(released("s2v-14B"), **options, frames=official).frames == official
+
+
+@pytest.mark.parametrize("size, side, large", [((256, 256), 128, 256), ((1280, 720), 512, 960), ((500, 300), 128, 384), ((160, 160), 128, None)])
+def test_a_size_above_the_pictures_own_is_said_and_can_be_had(tmp_path, size, side, large):
+    """And where the next multiples of 64 would be above the size, there is nothing to say."""
+    Image.new("RGB", (side, side)).save(tmp_path / "square.png")
+    options = GIVEN | dict(image=str(tmp_path / "square.png"), size=size, clips=1)
+    own, enlarged = plan(released("s2v-14B"), **options), plan(released("s2v-14B"), **options, enlarge=True)
+    assert (own.width, own.height) == (side, side)
+    assert (enlarged.width, enlarged.height) == (large or side, large or side) and "--enlarge" not in str(enlarged)
+    wanted = f"of {size[0]}x{size[1]} the picture fills only its own {side}x{side}: --enlarge makes {large}x{large} of it"
+    assert (wanted in str(own)) == (large is not None) == ("--enlarge" in str(own))
 
 
 def test_the_plan_says_when_swapping_is_to_be_expected():

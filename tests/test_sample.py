@@ -20,7 +20,7 @@ import model
 import sample
 import wan_s2v
 from fast import blocks
-from media.ffmpeg import probe
+from media.ffmpeg import probe, run
 from sampling import Experts
 from tiny import random_weights
 from vae import VAE22
@@ -84,6 +84,33 @@ def test_everything_that_goes_in_is_seen(tmp_path):
         n = min(len(base), len(changed))
         assert np.abs(base[:n] - changed[:n]).max() > 0, f"{name} changes nothing"
         assert len(changed) == (16 if name == "ref" else 13)
+
+
+def test_the_last_frame_is_held_until_the_sound_ends(tmp_path, capsys):
+    """Sound that fills its clip exactly: 16 frames, the last 3 still, for 1 s; the official count shows 13."""
+    soundfile.write(tmp_path / "a.wav", soundfile.read(VOICE)[0][:16000], 16000)
+    ours, theirs = make(tmp_path, "ours", "--audio", str(tmp_path / "a.wav")), make(tmp_path, "theirs", "--audio", str(tmp_path / "a.wav"), "--official")
+    assert len(ours) == 16 and (ours[:13] == theirs).all() and len(theirs) == 13 and (ours[13:] == ours[12]).all()
+    assert sample.cli(["--audio", str(tmp_path / "a.wav"), "--image", FACE, "--out", str(tmp_path / "a.mp4"), *QUICK]) == 0
+    media = probe(tmp_path / "a.mp4")
+    assert media.frames == 16 and abs(media.audio_duration - 1) < 0.03
+    assert "were cut" not in capsys.readouterr().out
+
+
+def test_official_places_picture_and_pose_with_bars(tmp_path, monkeypatch):
+    """Where a picture falls short of the frame it is made to cover it; officially black bars stay, and grey ones beside a pose."""
+    seen = {}
+    for name in ("fit_picture", "load_pose"):
+        monkeypatch.setattr(wan_s2v, name, lambda *a, f=getattr(wan_s2v, name), name=name: seen.setdefault(name, f(*a)))
+    Image.new("RGB", (130, 64), "white").save(tmp_path / "wide.png")
+    arguments = ["--audio", VOICE, "--image", str(tmp_path / "wide.png"), *QUICK, "--clips", "1", "--size", "256x256"]
+    pose = tmp_path / "pose.mp4"
+    run("-f", "lavfi", "-i", "color=white:size=130x64:rate=16", "-frames:v", "16", str(pose))
+    for option, bar in (([], None), (["--official"], (-1, 0))):
+        seen.clear()
+        assert sample.cli([*arguments, "--out", f"{tmp_path}/{len(option)}/", "--pose-video", str(pose), *option]) == 0
+        edges = [x.reshape(3, -1, 64, 192)[:, 0, :, 0].mean().item() for x in (seen["fit_picture"], seen["load_pose"])]
+        assert edges == pytest.approx(bar or (1, 1), abs=0.05)
 
 
 def test_published_interface(tmp_path, tiny, capsys):
@@ -181,7 +208,7 @@ S2V, T2V, I2V, TI2V = {"--audio": VOICE, "--image": FACE}, *({"--ckpt": f"tiny-{
     ({"--steps": "0"}, ("steps", "0")), ({"--guidance": "nan"}, ("guidance", "nan")), ({"--shift": "0"}, ("shift",)),
     ({"--solver": "rk4"}, ("solver", "unipc", "rk4")), ({"--seed": "-1"}, ("seed",)), ({"--start": "99"}, ("start",)),
     ({"--duration": "0.01"}, ("ms",)), ({"--duration": "-1"}, ("duration",)), ({"--pose-video": "no.mp4"}, ("no.mp4",)),
-    ({"--pose-video": VOICE}, ("picture",)), ({"--out": "nowhere/out.mp4"}, ("nowhere",)), ({"--out": "out.gif"}, (".mp4",)),
+    ({"--pose-video": VOICE}, ("picture",)), ({"--out": f"{__file__}/out.mp4"}, ("test_sample.py is a file",)), ({"--out": "out.gif"}, (".mp4",)),
     ({"--ckpt": "no-such-folder"}, ("no-such-folder",)), ({"--size": "8x8"}, ("size",)), ({"--size": "axb"}, ("--size", "axb")),
     ({"--size": "0x100"}, ("--size", "0x100")), ({"--device": "gpu"}, ("device must be cpu, cuda",)),
     ({"--vram": "0"}, ("--vram wants the size of a card",)))),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fast.plan import vae_bytes, vae_stream_bytes
+from fast.vae_plan import vae_bytes, vae_stream_bytes
 from vae import VAE, VAE22, VAEConfig, convolve, cut_tiles, new_cache, regroup
 
 TINY = {"wan2.1": VAEConfig(dim=8, dec_dim=8, num_res_blocks=1), "wan2.2": replace(VAE22, dim=8, dec_dim=8, num_res_blocks=1)}

@@ -23,7 +23,6 @@ import random
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from media.sound import RATE
-from fast.probe import pick_device
+from fast.probe import any_terminal, pick_device
 from sample import numbers, open_folder
 from tiny import faces, metrics
 from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
@@ -96,16 +95,6 @@ def make_cases(args, people, out):
             path, start = str(out / "silence.wav"), 0.0
         cases.append(Case(name, path, start, str(out / f"{name}.png"), person, asked, prompt))
     return cases
-
-
-class LoadedOnce:
-    """A checkpoint whose networks are loaded once and shared by all videos."""
-
-    def __init__(self, checkpoint):
-        self.checkpoint, self.load = checkpoint, cache(checkpoint.load)
-
-    def __getattr__(self, name):
-        return getattr(self.checkpoint, name)
 
 
 def options(case, args):
@@ -304,7 +293,7 @@ def evaluate(args):
     if min(args.videos, args.people) < 1 or args.silent < 0 or args.seconds < 1.5:
         raise ValueError(f"wanted 1 or more videos and people and 1.5 s or more, got {args.videos}, {args.people}, {args.seconds:g} s")
     device = pick_device(args.device)
-    pipeline = WanS2VPipeline(LoadedOnce(open_folder(args.ckpt)), device=device, fp8=args.fp8)
+    pipeline = WanS2VPipeline(open_folder(args.ckpt), device=device, fp8=args.fp8)
     args.out.mkdir(parents=True, exist_ok=True)
     people = faces.held_out_identities(args.people, args.seed)
     results, tiles, seconds = [], [], 0.0
@@ -326,6 +315,7 @@ def evaluate(args):
 
 
 def main(argv=None):
+    any_terminal()
     p = parser()
     try:
         n = evaluate(args := p.parse_args(argv))

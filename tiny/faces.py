@@ -9,11 +9,14 @@ Random  numbers are made on the generator's device and then moved: the same gene
 """
 import argparse
 import math
+import re
 import sys
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from fast.probe import any_terminal
 
 SIZE = 128           # pixels, both ways
 FPS = 16             # frame k is shown at k / FPS seconds
@@ -191,6 +194,15 @@ def hue(h, saturation, value):
 # ---- captions --------------------------------------------------------------------------------------------------------
 OPENINGS = ("a person with {}", "a face with {}", "portrait with {}", "a person, {}", "a face talking, {}", "{}")
 PLAIN = ("a person talking", "a face", "a person speaking, video")        # captions that name nothing
+
+
+def warn_unless_known(prompt):
+    """What the captions of training never said moves the picture to no good: name it."""
+    said = " ".join((*OPENINGS, *PLAIN, *HAIR, *BACKGROUND, *MOODS, "hair background angry")).replace("{}", "")    # angry: of fine-tuning
+    known = set(re.findall(r"\w+", said))
+    if unknown := [word for word in re.findall(r"\w+", prompt.lower()) if word not in known]:
+        print(f"warning: this checkpoint was not trained on the words {', '.join(unknown)}: expect a poor video. It knows {', '.join(HAIR)} hair; "
+              f"{', '.join(BACKGROUND)} background; {', '.join(MOODS[1:])}", file=sys.stderr)
 
 
 def say(parts, opening):
@@ -433,6 +445,7 @@ def to_picture(frame):
 
 
 def main(argv=None):
+    any_terminal()
     parser = argparse.ArgumentParser(description="Draw a face, to be made to speak by sample.py --image.")
     parser.add_argument("out", help="picture to write, e.g. face.png")
     parser.add_argument("--seed", type=int, default=0, help="another number, another face (default: 0)")

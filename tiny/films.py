@@ -12,6 +12,7 @@ from pathlib import Path
 import soundfile
 import torch
 
+from fast.probe import any_terminal
 from media.sound import RATE, load_audio
 from media.video import VideoWriter
 from tiny import faces
@@ -47,6 +48,7 @@ def make_films(out, speech, videos, seconds, seed):
 
 
 def main(argv=None):
+    any_terminal()
     parser = argparse.ArgumentParser(description="Make videos of a new mood, for train.py tune.")
     parser.add_argument("out", type=Path, help="folder for the videos")
     parser.add_argument("--speech", default="data/speech/train", help="folder with sound (default: data/speech/train)")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from fast.probe import any_terminal
 from media.sound import RATE, load_audio
 from tiny.faces import FPS, INSIDE, LIP, LIPS, NARROW, OPEN, SIZE, WIDE, articulation, held_out_identities, reference, to_picture
 from media.pictures import fit_picture, load_image
@@ -260,6 +261,7 @@ def report(path, audio=None, image=None, clip_frames=None, start=0.0, fps=FPS):
 
 
 def main(argv=None):
+    any_terminal()
     p = argparse.ArgumentParser(description="Measure a video: lips against sound, drift against the picture.")
     p.add_argument("video", help="mp4, or folder of PNG frames, that sample.py wrote")
     p.add_argument("--audio", help="sound to compare with (default: the video's own; a folder has none)")

@@ -23,6 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import convert_weights as convert
+from fast.probe import any_terminal
 from formats import checkpoints, foreign, names
 from audio import AudioConfig
 from model import Config
@@ -281,6 +282,7 @@ def make_tokenizer(path, texts=()):
 
 
 def main(argv=None):
+    any_terminal()
     parser = argparse.ArgumentParser(description="Write a checkpoint of random numbers.")
     parser.add_argument("task", choices=list(checkpoints.SAMPLING))
     parser.add_argument("target", help="new folder")

@@ -25,6 +25,7 @@ import soundfile
 import soxr
 import torch
 
+from fast.probe import any_terminal
 from media.sound import RATE, load_audio
 
 VOICES = ("m1 m2 m3 m4 m6 m7 f1 f2 f4 f5 Alex Andy Annie Alicia Andrea Diogo Gene Henrique Hugo Jacky Lee Mario Michael Nguyen "
@@ -371,6 +372,7 @@ def augment(wav, generator=None):
 
 
 def main(argv=None):
+    any_terminal()
     p = argparse.ArgumentParser(description="Make training speech with espeak-ng.")
     p.add_argument("folder", help="gets train/ and held_out/")
     p.add_argument("--hours", type=float, default=1.5, help="of training sound (default: 1.5)")

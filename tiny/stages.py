@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convert_weights
+from fast.probe import any_terminal
 from media.sound import RATE
 from fast import fp8
 from formats import checkpoints
@@ -226,6 +227,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    any_terminal()
     return run(parse(argv))
 
 

@@ -1,0 +1,47 @@
+"""The bytes that the VAE takes on a device, counted from its layers, and in how many tiles it may be cut."""
+import torch
+
+from fast.probe import GIB
+from vae import VAE, CausalConv, cut_tiles
+
+VAE_OVERHEAD = 0.3 * GIB
+VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
+
+
+def vae_cuts(config, H, W, dtype):
+    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
+    return [(tiles, VAE_WORKSPACE * vae_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
+            for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
+
+
+def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
+    """About the most bytes that encoding or decoding a video of H x W latents takes on a device, whichever is more.
+
+    Not counted: the weights, what the caller holds and the work space of convolution kernels.
+    """
+    return max(vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode) for decode in (False, True))
+
+
+def vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode):
+    """The feature cache (two frames per causal convolution), the working set of the largest residual block or upsampling, a chunk of video."""
+    with torch.device("meta"):
+        net = VAE(config).decoder if decode else VAE(config).encoder
+    cuts, full, frames = cut_tiles(H, W, tiles), 2 ** len(config.temporal_downsample), chunk * config.stride[0]
+    n, scale, halos = chunk, 1, config.decoder_halos
+    if not decode:
+        n, scale, halos = frames, full, [config.encoder_halo * full >> i for i in range(len(net.stages))]
+    held, live = 10 * H * W * net.middle.block1.conv1.in_channels, []             # the five convolutions of the bottleneck
+    for stage, halo in zip(net.stages, halos):
+        pixels = min(H, W) * scale * max(stop - start for start, stop in (tile.bounds(scale, halo) for tile in cuts))
+        c_in, C, time = stage.blocks[0].conv1.in_channels, stage.blocks[0].conv1.out_channels, getattr(stage.resample, "time", None)
+        cached = [layer for layer in stage.modules() if isinstance(layer, CausalConv)]
+        cached += [net.conv_out if decode else net.conv_in] if scale == full else []
+        held += 2 * pixels * sum(layer.in_channels for layer in cached)
+        live.append(pixels * ((3 * n + 2) * c_in + n * C))                        # first block: input, normed, with its cache; output
+        live.append(pixels * (n * c_in + (4 * n + 2) * C))                        # a later one: the same beside the stage's input
+        if decode and stage.resample:
+            n, scale, c_up = n * (2 if time else 1), 2 * scale, stage.resample.space.out_channels
+            live.append(pixels * n * (c_in + C) + 4 * pixels * n * (3 * c_up if stage.shortcut else C + c_up))
+        elif stage.resample:
+            n, scale = n // (2 if time else 1), scale // 2
+    return (held + max(live)) * dtype.itemsize + 4 * 3 * H * W * config.stride[1] ** 2 * frames // tiles   # the video is float32

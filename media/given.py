@@ -1,0 +1,61 @@
+"""What a program gives: names that are checked; pictures and sounds in memory, as the files that everything else reads."""
+import os
+import tempfile
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+
+from fast.plan import RunConfig
+
+SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}      # nothing is lost
+
+
+def check_names(options):
+    """raises TypeError for the name of no field of RunConfig, with the nearest one that is"""
+    names = [field.name for field in fields(RunConfig)]
+    for name in options:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
+
+
+def as_files(options):
+    """{"audio": file or (samples, rate), "image": file or PIL picture, ...} -> the same with files, and what keeps those on disk.
+
+    samples  numpy array or torch tensor, (n,), (n, channels) or (channels, n), floats in [-1, 1] or int16, int32        rate  Hz
+    raises   TypeError (one line) for anything else
+    """
+    writers, folder = {"audio": write_sound, "image": write_picture}, None
+    for name, write in writers.items():
+        if not isinstance(value := options.get(name), (str, os.PathLike, type(None))):
+            folder = folder or tempfile.TemporaryDirectory()         # goes when the last one who holds it does
+            options = options | {name: write(value, Path(folder.name))}
+    return options | {name: os.fspath(options[name]) for name in writers if options.get(name) is not None}, folder
+
+
+def write_sound(value, folder):
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(f"wanted a sound file or (samples, rate), got {type(value).__name__}: give (samples, 16000) for 16 kHz")
+    samples, rate = value
+    samples = samples.detach().cpu().numpy() if isinstance(samples, torch.Tensor) else np.asarray(samples)
+    samples = samples.astype(np.float32) if samples.dtype == np.float16 else samples
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    if samples.ndim not in (1, 2) or str(samples.dtype) not in SUBTYPES or not rate > 0:
+        raise TypeError(f"wanted samples (n,) or (n, channels) of floats in [-1, 1], int16 or int32 and a rate in Hz, got {samples.dtype} "
+                        f"{samples.shape} at {rate}: convert them")
+    soundfile.write(folder / "samples.wav", samples, int(rate), subtype=SUBTYPES[str(samples.dtype)])
+    return folder / "samples.wav"
+
+
+def write_picture(value, folder):
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"wanted a picture file or a PIL picture, got {type(value).__name__}: PIL.Image.fromarray makes one of uint8 (h, w, 3)")
+    kept = value if value.mode in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA") else value.convert("RGB")
+    kept.save(folder / "picture.png", exif=value.getexif(), icc_profile=value.info.get("icc_profile") if kept is value else None)
+    return folder / "picture.png"
