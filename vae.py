@@ -123,35 +123,8 @@ def repeat_up(x, y, t, s):
     return depth_to_space(x.unflatten(4, (-1, t, s, s)))[:, -y.shape[1]:]         # (B, n*t, h*s, w*s, C')
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Latent rows or columns start..stop of `size`."""
-    axis: int                 # of (B, n, h, w, C): 2 rows, 3 columns
-    start: int
-    stop: int
-    size: int
-
-    def bounds(self, scale, halo):
-        """First pixel and the one after the last, at `scale` pixels per latent, with a halo where the picture continues."""
-        return max(self.start * scale - halo, 0), min(self.stop * scale + halo, self.size * scale)
-
-    def crop(self, x, scale, have, want):
-        """x (B, n, h, w, C) with `have` pixels of halo (inf: all there are) -> with `want`, a view."""
-        (first, _), (start, stop) = self.bounds(scale, have), self.bounds(scale, want)
-        return x.narrow(self.axis, start - first, stop - start)
-
-
 def uncropped(x, scale, have, want):
     return x
-
-
-def cut_tiles(H, W, tiles):
-    """H x W latents -> tiles along the longer side, as equal as possible."""
-    axis, size = (2, H) if H > W else (3, W)
-    if not 1 <= tiles <= size:
-        raise ValueError(f"{W} x {H} latents can be cut into 1 to {size} tiles, got {tiles}")
-    edges = [size * i // tiles for i in range(tiles + 1)]
-    return [Tile(axis, a, b, size) for a, b in zip(edges, edges[1:])]
 
 
 # ---- layers ----
@@ -391,23 +364,15 @@ def new_cache(*nets):
 
 
 def in_tiles(net, layers, chunks, tiles):
-    """Stream `chunks` (B, n, h, w, C) through net.run_stages, whose temporal convolutions are in `layers`.
-
-    The whole stream of one tile runs before the next tile starts, so only one tile's feature cache is alive. With more than one tile
-    all chunks and all results wait in host memory.
-    """
+    """Stream `chunks` (B, n, h, w, C) through net.run_stages, whose temporal convolutions are in `layers`; in tiles as fast/vae_plan.py says."""
     def stream(chunks, crop):
         cache = new_cache(*layers)
         return (net.run_stages(x, cache, crop) for x in chunks)
 
     if tiles == 1:
-        yield from stream(chunks, uncropped)
-        return
-    chunks = [x.cpu() for x in chunks]
-    cuts = cut_tiles(chunks[0].shape[2] // net.scale, chunks[0].shape[3] // net.scale, tiles)
-    done = [[x.cpu() for x in stream(chunks, tile.crop)] for tile in cuts]
-    for parts in zip(*done):
-        yield torch.cat(parts, dim=cuts[0].axis)                                  # (B, n, h, w, C), all of the picture
+        return stream(chunks, uncropped)
+    from fast.vae_plan import stream_tiles                                        # here: a whole picture does without
+    return stream_tiles(stream, chunks, net.scale, tiles)
 
 
 def regroup(pieces, size):

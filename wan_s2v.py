@@ -172,7 +172,7 @@ class WanS2VPipeline:
 
     def plan(self, **options):
         """Fields of RunConfig -> Plan. Decodes the sound, reads the picture's size, no weights.  raises ValueError for what cannot be used"""
-        from media.given import check_names
+        from media.given import check_names, default_float32
         check_names(options)
         free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
         with default_float32():
@@ -186,6 +186,7 @@ class WanS2VPipeline:
         progress  wraps the list of steps of clip number `clip`
         yields    (3, P, height, width) float32 in [-1, 1] on the CPU
         """
+        from media.given import in_float32
         stage, make, left = stage or Stages(), generate_s2v if plan.sound is not None else generate_video, plan.frames
         for frames in in_float32(make(self.networks.begin(plan), plan, stage, progress)):
             yield frames[0, :, :left].float().cpu()
@@ -237,27 +238,6 @@ class WanS2VPipeline:
         return video
 
 
-@contextmanager
-def default_float32():
-    """Whatever torch.set_default_dtype says outside."""
-    outside = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(outside)
-
-
-def in_float32(results):
-    """The results of a generator that runs under default_float32, while their user does not."""
-    while True:
-        with default_float32():
-            result = next(results, None)
-        if result is None:
-            return
-        yield result
-
-
 # ------------------------------------------------------------------------------------------------------ S2V: sound and picture
 
 @dataclass(frozen=True)
@@ -288,7 +268,9 @@ def generate_s2v(checkpoint, plan, stage, progress):
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
         picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]
-        warn_unless_known(vae, picture, o.image, checkpoint.sampling.get("picture_db"))
+        if "picture_db" in checkpoint.sampling:
+            from media.given import warn_unless_known
+            warn_unless_known(vae, picture, o.image, checkpoint.sampling["picture_db"])
     shape = (1, vae.config.z_dim, *plan.latent_shape)
     noise = [partial(draw_noise, shape, o.seed + clip, o.device, o.dtype) for clip in range(plan.clips)]       # on a GPU bf16, as official L571
     from media.frames import load_pose
@@ -433,19 +415,6 @@ def decode_frames(vae, pieces, n):
         synchronize(pieces[0].device)
         return video.transpose(0, 1)[None]
     return vae.with_fp32_fallback(run)
-
-
-def warn_unless_known(vae, picture, path, least):
-    """A checkpoint for one kind of picture says how well (dB) its VAE gives back those; what comes back worse is something else.
-
-    picture  (1, 3, 1, height, width) in [-1, 1]        least  in dB, or None for a checkpoint that knows all pictures
-    """
-    if least is None:
-        return
-    db = -10 * ((vae.decode(vae.encode(picture)) - picture) / 2).square().mean().log10().item()
-    if db < least:
-        print(f"warning: {path} is unlike the pictures this checkpoint was trained on (its VAE gives it back at {db:.1f} dB, those at {least:g} or "
-              f"more): expect a poor face. `python -m tiny.faces face.png` draws one that it knows", file=sys.stderr)
 
 
 def draw_noise(shape, seed, device, dtype):

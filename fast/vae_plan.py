@@ -1,8 +1,10 @@
 """The bytes that the VAE takes on a device, counted from its layers, and in how many tiles it may be cut."""
+from dataclasses import dataclass
+
 import torch
 
 from fast.probe import GIB
-from vae import VAE, CausalConv, cut_tiles
+from vae import VAE, CausalConv
 
 VAE_OVERHEAD = 0.3 * GIB
 VAE_WORKSPACE = 1.65         # of convolution kernels and the allocator: an H200 reserved 1.5 to 1.6 times the bytes counted
@@ -45,3 +47,45 @@ def vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode):
         elif stage.resample:
             n, scale = n // (2 if time else 1), scale // 2
     return (held + max(live)) * dtype.itemsize + 4 * 3 * H * W * config.stride[1] ** 2 * frames // tiles   # the video is float32
+
+
+# ---- tiles: less memory, same result ----
+
+@dataclass(frozen=True)
+class Tile:
+    """Latent rows or columns start..stop of `size`."""
+    axis: int                 # of (B, n, h, w, C): 2 rows, 3 columns
+    start: int
+    stop: int
+    size: int
+
+    def bounds(self, scale, halo):
+        """First pixel and the one after the last, at `scale` pixels per latent, with a halo where the picture continues."""
+        return max(self.start * scale - halo, 0), min(self.stop * scale + halo, self.size * scale)
+
+    def crop(self, x, scale, have, want):
+        """x (B, n, h, w, C) with `have` pixels of halo (inf: all there are) -> with `want`, a view."""
+        (first, _), (start, stop) = self.bounds(scale, have), self.bounds(scale, want)
+        return x.narrow(self.axis, start - first, stop - start)
+
+
+def cut_tiles(H, W, tiles):
+    """H x W latents -> tiles along the longer side, as equal as possible."""
+    axis, size = (2, H) if H > W else (3, W)
+    if not 1 <= tiles <= size:
+        raise ValueError(f"{W} x {H} latents can be cut into 1 to {size} tiles, got {tiles}")
+    edges = [size * i // tiles for i in range(tiles + 1)]
+    return [Tile(axis, a, b, size) for a, b in zip(edges, edges[1:])]
+
+
+def stream_tiles(stream, chunks, scale, tiles):
+    """The whole stream of one tile runs before the next tile starts, so only one tile's feature cache is alive.
+
+    stream  function (chunks, crop) -> results        chunks  (B, n, h, w, C) each, `scale` pixels per latent; they and all results wait on the host
+    yields  (B, n, h, w, C), all of the picture
+    """
+    chunks = [x.cpu() for x in chunks]
+    cuts = cut_tiles(chunks[0].shape[2] // scale, chunks[0].shape[3] // scale, tiles)
+    done = [[x.cpu() for x in stream(chunks, tile.crop)] for tile in cuts]
+    for parts in zip(*done):
+        yield torch.cat(parts, dim=cuts[0].axis)

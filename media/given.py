@@ -1,6 +1,8 @@
 """What a program gives: names that are checked; pictures and sounds in memory, as the files that everything else reads."""
 import os
+import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,3 +61,35 @@ def write_picture(value, folder):
     kept = value if value.mode in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA") else value.convert("RGB")
     kept.save(folder / "picture.png", exif=value.getexif(), icc_profile=value.info.get("icc_profile") if kept is value else None)
     return folder / "picture.png"
+
+
+def warn_unless_known(vae, picture, path, least):
+    """A checkpoint for one kind of picture says how well (dB) its VAE gives back those; what comes back worse is something else.
+
+    picture  (1, 3, 1, height, width) in [-1, 1]        least  in dB
+    """
+    db = -10 * ((vae.decode(vae.encode(picture)) - picture) / 2).square().mean().log10().item()
+    if db < least:
+        print(f"warning: {path} is unlike the pictures this checkpoint was trained on (its VAE gives it back at {db:.1f} dB, those at {least:g} or "
+              f"more): expect a poor face. `python -m tiny.faces face.png` draws one that it knows", file=sys.stderr)
+
+
+@contextmanager
+def default_float32():
+    """Whatever torch.set_default_dtype says outside."""
+    outside = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(outside)
+
+
+def in_float32(results):
+    """The results of a generator that runs under default_float32, while their user does not."""
+    while True:
+        with default_float32():
+            result = next(results, None)
+        if result is None:
+            return
+        yield result

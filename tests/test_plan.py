@@ -187,7 +187,7 @@ GIVEN = dict(audio=str(SAMPLES / "voice.flac"), image=str(SAMPLES / "face.png"))
 
 
 @pytest.mark.parametrize("task, options, made", [
-    ("s2v-14B", GIVEN | dict(clips=1), (128, 128, 77, 16)),
+    ("s2v-14B", GIVEN | dict(clips=1), (128, 128, 80, 16)),
     ("t2v-A14B", dict(prompt="a"), (720, 1280, 81, 16)), ("i2v-A14B", dict(image=GIVEN["image"]), (960, 960, 81, 16)),
     ("ti2v-5B", dict(prompt="a"), (704, 1280, 121, 24))])
 def test_defaults_of_the_family(task, options, made):

@@ -20,6 +20,7 @@ import model
 import sample
 import wan_s2v
 from fast import blocks
+from media import frames as frame_reader
 from media.ffmpeg import probe, run
 from sampling import Experts
 from tiny import random_weights
@@ -100,8 +101,8 @@ def test_the_last_frame_is_held_until_the_sound_ends(tmp_path, capsys):
 def test_official_places_picture_and_pose_with_bars(tmp_path, monkeypatch):
     """Where a picture falls short of the frame it is made to cover it; officially black bars stay, and grey ones beside a pose."""
     seen = {}
-    for name in ("fit_picture", "load_pose"):
-        monkeypatch.setattr(wan_s2v, name, lambda *a, f=getattr(wan_s2v, name), name=name: seen.setdefault(name, f(*a)))
+    for module, name in ((wan_s2v, "fit_picture"), (frame_reader, "load_pose")):
+        monkeypatch.setattr(module, name, lambda *a, f=getattr(module, name), name=name: seen.setdefault(name, f(*a)))
     Image.new("RGB", (130, 64), "white").save(tmp_path / "wide.png")
     arguments = ["--audio", VOICE, "--image", str(tmp_path / "wide.png"), *QUICK, "--clips", "1", "--size", "256x256"]
     pose = tmp_path / "pose.mp4"

@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast.vae_plan import vae_bytes, vae_stream_bytes
-from vae import VAE, VAE22, VAEConfig, convolve, cut_tiles, new_cache, regroup
+from fast.vae_plan import cut_tiles
+from vae import VAE, VAE22, VAEConfig, convolve, new_cache, regroup
 
 TINY = {"wan2.1": VAEConfig(dim=8, dec_dim=8, num_res_blocks=1), "wan2.2": replace(VAE22, dim=8, dec_dim=8, num_res_blocks=1)}
 TOLERANCE = 1e-5   # float32 rounding through some 40 convolutions of values around 1; where it is exactly 0 depends on the CPU
