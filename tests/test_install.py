@@ -24,7 +24,8 @@ def test_installed_and_used_from_another_folder(tmp_path, editable):
                            *["-e"] * editable, tmp_path / "source"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     program = ("import site, sys; before = list(sys.path); site.addsitedir(sys.argv[1]); "             # before a copy that is installed already
-               "sys.path[:] = [p for p in sys.path if p not in before] + before; from wan_s2v import WanS2VPipeline; import sample, train, convert_weights, tiny.faces; "
+               "sys.path[:] = [p for p in sys.path if p not in before] + before; "
+               "from wan_s2v import WanS2VPipeline; import sample, train, convert_weights, tiny.faces; "
                "pipelines = [WanS2VPipeline.from_pretrained(name) for name in (None, 'weights/tiny')]; "
                "print(*[pipeline.checkpoint.folder for pipeline in pipelines])")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
