@@ -39,13 +39,10 @@ EXAMPLES = """examples
 
 def size(text):
     """"832x480" -> (832, 480)"""
-    try:
-        width, height = (int(n) for n in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted WIDTHxHEIGHT such as 832x480, got {text!r}") from None
-    if width < 1 or height < 1:
-        raise argparse.ArgumentTypeError(f"wanted two positive numbers, got {text!r}")
-    return width, height
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"wanted WIDTHxHEIGHT such as 832x480, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def numbers(text):
@@ -147,8 +144,8 @@ def choices(args):
                 compile=args.compile, attention8=args.attention8, resident=args.resident)
 
 
-def main(args):
-    check_output(args.out)
+def open_pipeline(args):
+    """The pipeline of a command line, or of all jobs of a batch."""
     if args.vram is not None and not args.vram > 0:
         raise ValueError(f"--vram wants the size of a card in GB, got {args.vram:g}")
     checkpoint = open_folder(args.ckpt)
@@ -157,6 +154,11 @@ def main(args):
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
     pipeline = WanS2VPipeline(checkpoint, args.vram, keep=False, **choices(args))
     cap_memory(pipeline.device, args.vram)
+    return pipeline
+
+
+def make_video(pipeline, args):
+    """Plan, make and write one video, saying so."""
     plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
     print(plan)
     from fast.estimate import estimate_seconds                       # here: importing `sample` does not need it
@@ -177,6 +179,11 @@ def main(args):
     print(f"times    {stages}")
     print(f"memory   {stages.memory()}")
     print(f"wrote    {writer.summary}")
+
+
+def main(args):
+    check_output(args.out)
+    make_video(open_pipeline(args), args)
 
 
 def device_errors():

@@ -165,7 +165,7 @@ class WanS2VPipeline:
         choices        as in WanS2VPipeline
         raises         ValueError naming what is missing or wrong
         """
-        from formats.find import local_folder                
+        from formats.find import local_folder
         device = pick_device("auto" if device_map is None else str(device_map))
         cap_memory(device, vram)
         return cls(open_checkpoint(local_folder(path)), vram, device=device, dtype=run_dtype(torch_dtype, device), **choices)
