@@ -161,8 +161,9 @@ def make_video(pipeline, args):
     """Plan, make and write one video, saying so."""
     plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
     print(plan)
-    from fast.estimate import estimate_seconds                       # here: importing `sample` does not need it
-    print(f"time     about {tqdm.format_interval(round(estimate_seconds(plan)))} of denoising")
+    from fast.estimate import estimate_seconds, other_seconds        # here: importing `sample` does not need it
+    denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"])
+    print(f"time     about {tqdm.format_interval(round(denoising + other))} in all from here, {tqdm.format_interval(round(denoising))} of it denoising")
     stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
     with open_writer(args.out, plan, args.av_offset) as writer:
         try:

@@ -1,10 +1,18 @@
-"""How long a plan will take: operations by arithmetic, rates from a probe of a second."""
+"""How long a plan will take: operations by arithmetic, rates from probes of a second. `estimate_seconds` is the denoising, `other_seconds` the rest."""
 import time
+from collections import deque
 
 import torch
 import torch.nn.functional as F
 
+from fast.plan import COMPILE_SECONDS
 from fast.probe import synchronize
+from formats.checkpoints import build
+from model import layer_norm, modulate
+from vae import ResBlock, new_cache
+
+LOADED = 1.5                 # GiB of files per second, with the text encoded meanwhile (H200, files in the page cache: 30 GB in 19 to 23 s)
+TILE_COST = 0.13             # of the VAE's time, for each tile after the first (H200, 4 tiles: 1.26 to 1.9 times as long)
 
 
 def forward_flops(cfg, tokens, video_tokens):
@@ -49,9 +57,79 @@ def rates(cfg, config, fp8_matrices, tokens):
 
 
 def estimate_seconds(plan):
-    """Of the denoising of a whole video, from a probe of a second: 85% of the rates it finds."""
-    cfg, tokens = plan.denoiser, plan.tokens[-1]
-    some = min(tokens, 8192 if plan.config.device.type == "cuda" else 1024)
+    """Of the denoising of a whole video, from a probe of a second. A GPU reaches 85% of the rates it finds; on a CPU norms and RoPE, which no
+    kernel joins to the products, take as long as 30 modulated norms per layer (measured for widths of 128 to 1280)."""
+    cfg, tokens, device = plan.denoiser, plan.tokens[-1], plan.config.device
+    some = min(tokens, 8192 if device.type == "cuda" else 1024)
     matmul, attend = rates(cfg, plan.config, plan.memory.fp8, some)
     linear, attn = forward_flops(cfg, tokens, plan.video_tokens)
-    return plan.forwards * (linear / matmul + attn / attend) / 0.85
+    if device.type == "cuda":
+        return plan.forwards * (linear / matmul + attn / attend) / 0.85
+    x, shift, scale = torch.randn(3, some, cfg.dim)
+    norms = best_seconds(lambda: modulate(layer_norm(x, cfg.eps), shift, scale), device)
+    return plan.forwards * (linear / matmul + attn / attend + 30 * cfg.n_layer * norms * tokens / some)
+
+
+# -------------------------------------------------------------------------------------------------- VAE, loading, compiling
+
+def vae_flops(config, H, W):
+    """Operations of the VAE per latent frame of H x W -> (encoding, decoding). Not counted: norms, and attention in the bottleneck, about 1%."""
+    net, full, frames = build("vae", config), 2 ** len(config.temporal_downsample), config.stride[0]
+
+    def flops(n, scale, *layers):
+        """Of convolutions that make n frames of H x W times scale."""
+        return 2 * n * scale ** 2 * H * W * sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1)
+    encoding, n, scale = flops(frames, full, net.encoder.conv_in), frames, full
+    for stage in net.encoder.stages:
+        encoding += flops(n, scale, stage.blocks)
+        if stage.resample:
+            scale //= 2
+            encoding += flops(n, scale, stage.resample.space)
+            if stage.resample.time:
+                n //= 2
+                encoding += flops(n, scale, stage.resample.time)
+    encoding += flops(1, 1, net.encoder.middle, net.encoder.conv_out)
+    decoding, n, scale = flops(1, 1, net.decoder.conv_in, net.decoder.middle), 1, 1
+    for stage in net.decoder.stages:
+        decoding += flops(n, scale, stage.blocks)
+        if stage.resample:
+            if stage.resample.time:
+                decoding += flops(n, scale, stage.resample.time)
+                n *= 2
+            scale *= 2
+            decoding += flops(n, scale, stage.resample.space)
+    return encoding, decoding + flops(n, scale, net.decoder.conv_out)
+
+
+def vae_latents(plan):
+    """Latent frames that a whole video encodes and decodes (see `make_clips` and `generate_video`)."""
+    o, T = plan.config, plan.latent_shape[0]
+    if plan.sound is None:
+        return (T if plan.task.startswith("i2v") else 1 if o.image else 0), T
+    motion = 1 + (plan.denoiser.motion_frames - 1) // 4
+    decoded = plan.clips * (motion + T) - (0 if o.start_from_ref else motion - 1)            # behind the past; the first clip behind the picture
+    return 1 + plan.clips * (motion + (T + 1 if o.pose_video else 0)), decoded
+
+
+def vae_rate(config, plan):
+    """FLOP/s of the VAE: 1.15 times those of a residual block of the decoder's last stage, the narrowest (CPU: 0.96 to 1.21 times)."""
+    o, C = plan.config, config.dec_dim * config.dim_mult[0]
+    n = config.stride[0] * (1 if o.device.type == "cuda" else 2)                             # frames at once, see VAE.chunk
+    most = 2 ** 18 if o.device.type == "cuda" else 2 ** 14                                   # pixels: enough for full speed
+    width = min(plan.width, 512)
+    block = ResBlock(C, C).to(o.device, o.vae_dtype)
+    x = torch.randn(1, n, max(1, min(plan.height, most // width)), width, C, device=o.device, dtype=o.vae_dtype)
+    with torch.no_grad():
+        block(x[:, :1], cache := new_cache(block))
+        seconds = best_seconds(lambda: block(x, deque(cache)), o.device)
+    return 1.15 * 2 * x.numel() / C * sum(p.numel() for p in block.parameters() if p.ndim == 5) / seconds
+
+
+def other_seconds(plan, vae):
+    """Of all but the denoising: loading, compiling, encoding and decoding.  vae: its VAEConfig
+
+    Text and sound are left out, less than 1% of a full-size video."""
+    _, H, W = plan.latent_shape
+    work = sum(n * flops for n, flops in zip(vae_latents(plan), vae_flops(vae, H, W)))
+    tiles = 1 + TILE_COST * (plan.memory.tiles - 1)
+    return sum(plan.sizes.values()) / LOADED + COMPILE_SECONDS * plan.config.compile + tiles * work / vae_rate(vae, plan)
