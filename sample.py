@@ -24,7 +24,6 @@ from tqdm import tqdm
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import any_terminal, cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
-from media.video import check_output
 from wan_s2v import Progress, Stages, WanS2VPipeline, open_writer, run_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,6 +182,7 @@ def make_video(pipeline, args):
 
 
 def main(args):
+    from media.video import check_output                             # here: importing `sample` does not need it
     check_output(args.out)
     make_video(open_pipeline(args), args)
 

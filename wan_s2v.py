@@ -27,7 +27,6 @@ from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan
 from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
-from media.video import VideoWriter, check_output
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
@@ -38,22 +37,32 @@ class Stages:
     """Seconds spent per stage, and on a GPU the most memory that was reserved: `with stages("text"): ...`"""
 
     def __init__(self, device=torch.device("cpu")):
-        self.device, self.seconds, self.gib, self.private = device, {}, {}, 0.0
+        self.device, self.seconds, self.gib, self.private, self.open, self.start = device, {}, {}, 0.0, [], 0.0
 
     @contextmanager
     def __call__(self, name):
-        start, gpu = time.perf_counter(), self.device.type == "cuda"
-        if gpu:
-            torch.cuda.empty_cache()                                 # what the last stage left is not this one's
-            torch.cuda.reset_peak_memory_stats(self.device)
+        """What a stage inside another one takes is not counted for the outer one."""
+        self.settle()
+        self.open.append(name)
         try:
             yield
         finally:
+            self.settle()
+            self.open.pop()
+
+    def settle(self):
+        """Time and memory since the last call are those of the innermost stage."""
+        synchronize(self.device)
+        now, gpu = time.perf_counter(), self.device.type == "cuda"
+        for name in self.open[-1:]:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.start
             self.private = max(self.private, private_memory())
             if gpu:
                 self.gib[name] = max(self.gib.get(name, 0.0), memory_used(self.device)[0])
-        synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        if gpu:
+            torch.cuda.empty_cache()                                 # what one stage left is not the next one's
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.start = time.perf_counter()
 
     def __str__(self):
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
@@ -108,6 +117,7 @@ class Video:
 
 def open_writer(path, plan, av_offset=0):
     """A VideoWriter for what a plan will make, with the sound if there is any."""
+    from media.video import VideoWriter                              # here, as below: importing this file does not need it
     o = plan.config
     return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
 
@@ -219,6 +229,7 @@ class WanS2VPipeline:
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if out is not None:
+            from media.video import check_output
             check_output(out)
         given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
                      guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
@@ -276,7 +287,7 @@ def generate_s2v(checkpoint, plan, stage, progress):
     from media.frames import load_pose
     pose = [partial(load_pose, o.pose_video, n, size, FPS, clip * n, o.official) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
-    yield from make_clips(inputs, vae, load_experts(checkpoint, plan), o, stage, progress)
+    yield from make_clips(inputs, vae, load_experts(checkpoint, plan, stage), o, stage, progress)
 
 
 def make_clips(inputs, vae, experts, config, stage, progress):
@@ -341,7 +352,7 @@ def generate_video(checkpoint, plan, stage, progress):
             else:
                 clean = vae.encode(picture)
     positive = dict(shape=plan.latent_shape, text=text, image=image, clean_frames=0 if clean is None else 1)
-    experts = load_experts(checkpoint, plan).begin(positive, dict(positive, text=negative), o.guidance)
+    experts = load_experts(checkpoint, plan, stage).begin(positive, dict(positive, text=negative), o.guidance)
     noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, o.device, torch.float32)
     solver = make_solver(o.solver, o.steps, o.shift)
     with stage("load"):
@@ -375,17 +386,23 @@ def encode_text(checkpoint, prompts, plan):
     return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
 
 
-def load_experts(checkpoint, plan):
-    """The denoisers, each loaded when its steps come: as model.py has them on a CPU, by fast/ on a GPU."""
+def load_experts(checkpoint, plan, stage):
+    """The denoisers, each loaded when its steps come: as model.py has them on a CPU, by fast/ on a GPU. While the first works, the files of the
+    second are read into the system's memory, where there is room: the switch then waits for no disk."""
     o, m = plan.config, plan.memory
 
     def load(name):
-        net = checkpoint.load(name, o.device, o.dtype, o.fp8, m.resident)
+        with stage("load" if name == checkpoint.experts[0] else "switch"):
+            net = checkpoint.load(name, o.device, o.dtype, o.fp8, m.resident)
         if o.device.type == "cpu" and not (o.compile or o.attention8):
             return net
         from fast import blocks                                      # here: a CPU does without
         from fast.attention8 import attention8
         blocks.verify(type(net), net.cfg)
+        for other in checkpoint.experts[1:]:
+            if name != other and m.host + checkpoint.parts[other].nbytes < plan.free.host:
+                from fast.offload import read_ahead
+                read_ahead(checkpoint.parts[other].tensors)
         return blocks.FastDenoiser(net, m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers)
     return Experts(checkpoint.experts, checkpoint.boundary, load, keep=o.device.type == "cpu")
 

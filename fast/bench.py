@@ -6,7 +6,7 @@
     python -m fast.bench --size 1280x704 --fp8 --compile --vram 8           as on a card of 8 GB
     python -m fast.bench --preset t2v-A14B --size 1280x720                  also i2v-A14B, ti2v-5B
     python -m fast.bench --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
-    python -m fast.bench --against REPO --size 832x480                      the official forward in the same process, same shapes
+    python -m fast.bench --against REPO --size 832x480                      official, diffusers and ours in turns, same weights (fast/against.py)
     python -m fast.bench --against REPO --preset tiny                       the same on a CPU, float32
 
 A forward is one call of the denoiser for one guidance branch (S2V: of a later clip, with motion tokens; TI2V: with a clean first frame); a
@@ -254,19 +254,17 @@ def afresh(run, device):
     return run()
 
 
-def compared(args, configs, device, dtype, shape, result):
-    """The official forward beside ours, or why it could not be run."""
+def compared(args, configs, device, dtype, shape):
+    """Others beside ours, or why they could not be run."""
     try:
-        from tests.parity_official import time_official
-        task = "s2v-14B" if args.preset == "tiny" else args.preset
-        o = time_official(args.against, task, configs["denoiser"], shape, device, dtype, args.repeats)
+        from fast import against                                     # here: it wants packages that the project does not
+        if args.stage in ("vae-decode", "vae-encode"):
+            return against.compare_vaes(args.against, configs["vae"], shape, device, args.stage == "vae-decode", (args.tiles or 4,), args.repeats)
+        return against.compare_denoisers(args.against, "s2v-14B" if args.preset == "tiny" else args.preset, configs["denoiser"], shape, device, dtype,
+                                         args.repeats)
     except (ImportError, OSError) as error:
-        print(f"official   skipped: {error}")
+        print(f"skipped: {error}")
         return dict(skipped=str(error))
-    faster = f"; the run above is {o['s_per_forward'] / result['dit']['s_per_forward']:.2f} times as fast as the official" if "dit" in result else ""
-    print(f"official   {o['s_per_forward']:.3f} s per forward, ours in turns with it, eager {dtype}: {o['ours_s_per_forward']:.3f} s "
-          f"(ratio {o['ratio']:.2f}, relative L2 {o['rel_l2']:.1e}){faster}")
-    return o
 
 
 def commit():
@@ -290,7 +288,8 @@ def parser():
     p.add_argument("--tiles", type=int, help="spatial tiles of the VAE (default: 1, or as planned)")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
-    p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward too")
+    p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward, diffusers' and all of ours, or with "
+                   "--stage vae-decode or vae-encode its VAE and ours")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return p
 
@@ -325,9 +324,8 @@ def main(args):
             "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
     wanted = [stage for stage in runs if args.stage == stage or (args.stage == "all" and "error" not in stage and (stage != "audio" or s2v))]
     with torch.no_grad():
-        result = {stage: afresh(runs[stage], device) for stage in wanted}
-        if args.against:
-            result["official"] = afresh(lambda: compared(args, configs, device, dtype, shape, result), device)
+        result = dict(against=compared(args, configs, device, dtype, shape)) if args.against else \
+            {stage: afresh(runs[stage], device) for stage in wanted}
     print(json.dumps(dict(gpu=name, torch=torch.__version__, commit=commit(), argv=sys.argv[1:], **result)))
 
 

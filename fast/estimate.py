@@ -11,7 +11,8 @@ from formats.checkpoints import build
 from model import layer_norm, modulate
 from vae import ResBlock, new_cache
 
-LOADED = 1.5                 # GiB of files per second, with the text encoded meanwhile (H200, files in the page cache: 30 GB in 19 to 23 s)
+REACHED = {False: 0.77, True: 0.9}        # of a probe's rates, by a forward eager and compiled (H200: 0.71 to 0.80, 0.85 to 1.0)
+LOADED = 2.2                 # GiB of files per second, with the text encoded meanwhile (H200, files in memory: 64 GiB in 24 to 33 s)
 TILE_COST = 0.13             # of the VAE's time, for each tile after the first (H200, 4 tiles: 1.26 to 1.9 times as long)
 
 
@@ -56,18 +57,26 @@ def rates(cfg, config, fp8_matrices, tokens):
     return 2 * len(x) * C * cfg.ffn_dim / matmul, 4 * tokens * tokens * C / attention
 
 
-def estimate_seconds(plan):
-    """Of the denoising of a whole video, from a probe of a second. A GPU reaches 85% of the rates it finds; on a CPU norms and RoPE, which no
-    kernel joins to the products, take as long as 30 modulated norms per layer (measured for widths of 128 to 1280)."""
-    cfg, tokens, device = plan.denoiser, plan.tokens[-1], plan.config.device
-    some = min(tokens, 8192 if device.type == "cuda" else 1024)
-    matmul, attend = rates(cfg, plan.config, plan.memory.fp8, some)
-    linear, attn = forward_flops(cfg, tokens, plan.video_tokens)
+def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens):
+    """Of one forward, from a probe of a second.  config: RunConfig
+
+    A GPU reaches REACHED of the rates it finds. On a CPU norms and RoPE, which no kernel joins to the products, take as long as 30 modulated norms
+    per layer (measured for widths of 128 to 1280).
+    """
+    device = config.device
+    some = min(tokens, 16384 if device.type == "cuda" else 1024)
+    matmul, attend = rates(cfg, config, fp8_matrices, some)
+    linear, attn = forward_flops(cfg, tokens, video_tokens)
     if device.type == "cuda":
-        return plan.forwards * (linear / matmul + attn / attend) / 0.85
+        return (linear / matmul + attn / attend) / REACHED[bool(config.compile)]
     x, shift, scale = torch.randn(3, some, cfg.dim)
     norms = best_seconds(lambda: modulate(layer_norm(x, cfg.eps), shift, scale), device)
-    return plan.forwards * (linear / matmul + attn / attend + 30 * cfg.n_layer * norms * tokens / some)
+    return linear / matmul + attn / attend + 30 * cfg.n_layer * norms * tokens / some
+
+
+def estimate_seconds(plan):
+    """Of the denoising of a whole video."""
+    return plan.forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens)
 
 
 # -------------------------------------------------------------------------------------------------- VAE, loading, compiling

@@ -28,10 +28,11 @@ FPS = 16                     # of S2V: audio frames are made at this rate
 WARM_UP = 3                  # pixel frames dropped from the first clip, which has no motion frames before it (official L656)
 MAX_CLIP_FRAMES = 120        # 30 latent frames have RoPE times 0..29; the reference picture has 30 and must not be met
 
-OVERHEAD = 0.9 * GIB         # workspaces, compilation, what the allocator cannot use: an H200 without a limit reserved 0.7 to 1.1 more
+OVERHEAD = 0.35 * GIB        # workspaces, compilation, what the allocator cannot use: of T2V-A14B an H200 reserved 0.1 to 0.3 more than is counted
+AUDIO = 0.55 * GIB           # and of S2V-14B so much more than of T2V, at every size
 HOST_OVERHEAD = 1.8 * GIB    # PyTorch, CUDA and Python: an H200 machine had 16.9 GiB in use with 15.2 pinned
 CHUNK = 8192                 # tokens worked on at once when memory is short: enough for full speed
-TEXT_ACTIVATIONS = 0.5 * GIB
+TEXT_ACTIVATIONS = 0.15 * GIB            # an H200 reserved 0.07
 TILES = 4                    # of the VAE: more cost time
 COMPILE_SECONDS = 25         # what compiling takes, once per run (H200: 20 to 30 s)
 COMPILE_GAIN = 8e-11         # seconds that it saves per token, channel and layer of a forward (H200: 0.58 s at 33,540 tokens, 5120 channels, 40)
@@ -402,9 +403,10 @@ def activation_bytes(config, cfg, tokens, memory):
     project = (6 * size if config.compile else 8 * size + 7) * C * chunk + 3 * size * C * tokens
     hidden = (3 if config.compile else 11) if memory.fp8 else 2 * size           # of the FFN
     finish = ((3 * size if config.compile else 3 * size + 8) * C + hidden * F) * chunk + size * C * tokens
-    keys = 0 if memory.host_layers else 2 * layer_bytes(cfg, config)
-    conditions = 2 * tokens * (4 * C // cfg.n_head + size * C // 8)  # RoPE; reference and motion: an eighth of the tokens
-    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD
+    branches = 2 if max(config.guidance or (2,)) > 1 else 1
+    keys = 0 if memory.host_layers else branches * layer_bytes(cfg, config)
+    conditions = branches * tokens * (4 * C // cfg.n_head + size * C // 8)       # RoPE; reference and motion: an eighth of the tokens
+    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD + AUDIO * bool(cfg.audio_dim)
 
 
 def layer_bytes(cfg, config):

@@ -1,6 +1,6 @@
 """Our networks against the official code, component by component: same weights, same inputs, every difference in a row.
 
-Used by `python test_parity.py --weights DIR --official REPO` and `python -m fast.bench --against REPO`. The official code is imported from a
+Used by `python test_parity.py --weights DIR --official REPO` and by fast/against.py. The official code is imported from a
 checkout of Wan-Video/Wan2.2 (read at 42bf4cf) that the user has, with the packages it asks for; nothing is changed there or copied here.
 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   S text tokens   C channels
@@ -10,9 +10,7 @@ import contextlib
 import gc
 import importlib
 import importlib.util
-import statistics
 import sys
-import time
 import types
 import warnings
 from dataclasses import dataclass, replace
@@ -25,7 +23,6 @@ import torch.nn.functional as F
 
 from formats import checkpoints, foreign
 from audio import audio_features
-from fast.blocks import FastDenoiser, attention_backend
 from sampling import make_solver
 from text import Tokenizer, encode_prompt
 
@@ -187,15 +184,21 @@ def audio_ours(s, theirs):
     return {"hidden states": features[:-1], "last hidden state": features[-1], "clips": torch.tensor(clips)}
 
 
-def vae_theirs(s):
-    c, old = s.checkpoint.configs["vae"], s.checkpoint.configs["vae"].stride[1] == 8
-    module, file = official("modules.vae2_1" if old else "modules.vae2_2"), next(s.folder.glob("Wan2.*_VAE.pth"))
+def official_vae(c, file, device):
+    """The official VAE of a vae.VAEConfig, in float32, with the weights of a .pth file."""
+    old = c.stride[1] == 8
+    module = official("modules.vae2_1" if old else "modules.vae2_2")
     shape = dict(dim_mult=list(c.dim_mult), temperal_downsample=list(c.temporal_downsample))
     sizes = dict(dim=c.dim, num_res_blocks=c.num_res_blocks, **shape) if old else dict(dec_dim=c.dec_dim, num_res_blocks=c.num_res_blocks)
-    with mock.patch.object(module, "_video_vae", partial(module._video_vae, **sizes)), warnings.catch_warnings():
+    with mock.patch.object(module, "_video_vae", partial(module._video_vae, **sizes)):
+        return module.Wan2_1_VAE(c.z_dim, str(file), device=device) if old else \
+            module.Wan2_2_VAE(c.z_dim, c.dim, str(file), device=device, **shape)
+
+
+def vae_theirs(s):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        vae = module.Wan2_1_VAE(c.z_dim, str(file), device=s.device) if old else \
-            module.Wan2_2_VAE(c.z_dim, c.dim, str(file), device=s.device, **shape)
+        vae = official_vae(s.checkpoint.configs["vae"], next(s.folder.glob("Wan2.*_VAE.pth")), s.device)
         video = moving_picture(17, 96, 128).to(s.device)
         latents = vae.encode([video])[0]
         return {"encode 17 frames": latents, "encode a picture": vae.encode([video[:, :1]])[0],
@@ -303,7 +306,7 @@ def solver_ours(s, theirs):
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------- comparing, timing
+# ------------------------------------------------------------------------------------------------------------------- comparing
 
 def components(checkpoint):
     """[(name, theirs(s), ours(s, theirs's outputs))] in the order of a pipeline"""
@@ -352,48 +355,3 @@ def compare(weights, repo, device="cpu", dtype=torch.float32):
     if not rows:
         raise ValueError(f"nothing could be compared: install the packages that {repo}/requirements.txt names, flash_attn apart")
     return rows
-
-
-@torch.no_grad()
-def time_official(repo, task, config, shape, device, dtype, repeats=3):
-    """One forward (S2V: of a later clip), official and ours on the same random weights, in turns.
-
-    config   model.Config of the task        shape  (T, H, W) of the latents        dtype  float32, or bfloat16 on a GPU
-    returns  median seconds: s_per_forward (official; does everything again each time), ours_s_per_forward and ours_prepare_s (once per clip
-             and guidance branch); ratio = ours / official, median over the turns, which a busy machine slows alike; rel_l2 of the outputs
-    """
-    from accelerate import init_empty_weights           # what diffusers loads with: tables stay on the CPU, parameters come later
-    from fast.bench import clip_arguments
-    from tiny import random_weights
-    add_checkout(repo)
-    keep_flash = dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
-    fields = {k: v for k, v in random_weights.denoiser_json(task, config).items() if k[0] != "_"}
-    part, names = random_weights.random_part("denoiser", config, dtype, "denoiser"), random_weights.official_names("denoiser", config)
-    tensors = {name: entry.read().to(device) for name, entry in part.tensors.items()}
-    with official_denoiser(config, keep_flash) as (kind, _), init_empty_weights():
-        theirs = kind(**fields)
-    theirs.load_state_dict({names[name]: x for name, x in tensors.items()}, strict=True, assign=True)
-    theirs.eval()
-    shared = {name: replace(entry, read=partial(tensors.get, name)) for name, entry in part.tensors.items()}
-    ours = checkpoints.materialise("denoiser", config, shared, device, dtype)
-
-    seeds = iter(range(2, 9))
-    x, args = noise(1, 1, config.out_dim, *shape).to(device), to_device(clip_arguments(config, shape, lambda *size: noise(next(seeds), *size)), device)
-    fast = FastDenoiser(ours)
-    cond, t = fast.prepare(shape=shape, **args), torch.tensor([500], device=device)
-    runs = {"s_per_forward": partial(call_official, theirs, config, x, 500, **args), "ours_s_per_forward": partial(fast, x, t, cond),
-            "ours_prepare_s": partial(fast.prepare, shape=shape, **args)}
-    times, outputs = {name: [] for name in runs}, {}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            precision = official_precision(device, dtype) if name == "s_per_forward" else contextlib.nullcontext()
-            with precision, attention_backend(device):
-                start = time.perf_counter()
-                outputs[name] = run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                times[name] += [time.perf_counter() - start] * (turn > 0)         # the first turn is a warm-up
-    result = {name: statistics.median(values) for name, values in times.items()}
-    wanted, got = outputs["s_per_forward"].float(), outputs["ours_s_per_forward"].float()
-    ratio = statistics.median(o / t for o, t in zip(times["ours_s_per_forward"], times["s_per_forward"]))
-    return result | dict(ratio=ratio, rel_l2=float((got - wanted).norm() / wanted.norm()))

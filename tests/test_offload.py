@@ -1,10 +1,12 @@
 """Streamed blocks on a CPU: the order of copies and uses under a simulated GPU that runs its two streams in random order, streamed against
 resident networks bit for bit, bytes.  pytest -s tests/test_offload.py
 """
+import io
 import random
 from collections import deque
 from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from fast import offload
 from fast.blocks import FastDenoiser
 from fast.fp8 import quantized, relative_error
 from fast.offload import Streamed, all_blocks, footprint, resident_blocks, split, stream
-from formats.checkpoints import open_safetensors
+from formats.checkpoints import Entry, open_safetensors
 from tests.inputs import TINY, as_entries, as_stored, clip, empty, random_net
 from text import TextConfig, TextEncoder
 
@@ -209,3 +211,19 @@ def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
     torch._dynamo.reset()
     print(f"graphs after each clip: {counts}")
     assert counts == [3] * 6                                         # project, finish, audio cross-attention
+
+
+def test_read_ahead(tmp_path):
+    """Every byte of every file is read; a file that is gone is no error here."""
+    files, read = [tmp_path / name for name in ("a", "b", "gone")], []
+    for file in files[:2]:
+        file.write_bytes(bytes(3 * 10**7))
+    real = io.FileIO.readinto
+
+    class Watched(io.FileIO):
+        def readinto(self, room):
+            read.append(n := real(self, room))
+            return n
+    with mock.patch.object(offload, "open", lambda path, mode, buffering: Watched(path), create=True):
+        offload.read_ahead({file.name: Entry(file, (1,), torch.float32, None) for file in files}).join()
+    assert sum(read) == 6 * 10**7

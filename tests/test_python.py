@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import sample
+import wan_s2v
 from fast.plan import keepable
 from fast.probe import Memory
 from formats.checkpoints import Checkpoint
@@ -166,3 +168,19 @@ def test_help_lists_the_words():
     text = " ".join(sample.parser().format_help().split())
     for words in (f"{', '.join(faces.HAIR)} hair", f"{', '.join(faces.BACKGROUND)} background", ", ".join(faces.MOODS[1:])):
         assert words in text
+
+
+def test_a_stage_inside_another_is_counted_apart(monkeypatch):
+    """So that the switch of experts shows beside the denoising in which it happens."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(wan_s2v.time, "perf_counter", lambda: clock.now)
+    stages = wan_s2v.Stages()
+    with stages("outer"):
+        clock.now += 1
+        with stages("inner"):
+            clock.now += 10
+        clock.now += 2
+    clock.now += 1000
+    with stages("outer"):
+        clock.now += 4
+    assert stages.seconds == {"outer": 7, "inner": 10}
