@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass
 
 import ftfy
-import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -145,12 +144,11 @@ class Tokenizer:
     """
 
     def __init__(self, path, length=512):
+        from formats.tokenizer_file import read_tokenizer  # here: importing `sample` does not need it
         try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:                        # the library raises nothing more specific
+            self.model = read_tokenizer(path)
+        except (ValueError, OSError) as error:
             raise ValueError(f"cannot read the tokenizer {path}: {error}; wanted the tokenizer.json of the text encoder") from None
-        self.model.no_truncation()                        # both may be stored in the file
-        self.model.no_padding()
         self.end = self.model.token_to_id("</s>")
         self.length = length
         if self.end is None:

@@ -119,6 +119,8 @@ def open_writer(path, plan, av_offset=0):
     """A VideoWriter for what a plan will make, with the sound if there is any."""
     from media.video import VideoWriter                              # here, as below: importing this file does not need it
     o = plan.config
+    if o.audio and abs(av_offset) >= plan.frames:
+        raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
     return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
 
 
@@ -240,7 +242,7 @@ class WanS2VPipeline:
         inputs, files = as_files(given | options)
         plan = self.plan(prompt=prompt, negative_prompt=negative_prompt, **inputs)
         if not quiet:
-            any_terminal()
+            any_terminal(ours=False)
             print(plan)
         progress = () if quiet else (Progress(plan.clips, self.device, begin),)
         video = Video(torch.cat(list(self.generate(plan, Stages(self.device), *progress)), dim=1), plan, files)

@@ -65,7 +65,9 @@ class Entry:
 
 def open_safetensors(path):
     """{name: Entry} of one safetensors file, mapped into memory.  ValueError for a damaged file or a dtype not in DTYPES"""
+    from formats.checks import check_header                          # here, as below: importing `sample` does not need it
     try:
+        check_header(path)
         file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
@@ -81,22 +83,15 @@ def open_safetensors(path):
 
 def read_json(path):
     """The JSON object in a file -> dict"""
+    from formats.checks import JSON_BYTES, check_bytes
     try:
+        check_bytes(path, JSON_BYTES, "a config or index")
         fields = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: wanted a JSON object, got {type(fields).__name__}")
     return fields
-
-
-def require(folder, wanted):
-    """ValueError with every missing file in one message, or every Git LFS pointer in place of one.  wanted [(path, what it is), ...]"""
-    missing = [f"{path.relative_to(folder)} ({what})" for path, what in wanted if not path.is_file()]
-    if missing:
-        raise ValueError(f"{folder} is not complete, missing: {', '.join(missing)}")
-    if pointers := [str(path.relative_to(folder)) for path, _ in wanted if path.stat().st_size < 1000 and path.read_bytes().startswith(LFS)]:
-        raise ValueError(f"{folder} was cloned without Git LFS, these are only pointers: {', '.join(pointers)}: run git lfs pull in it")
 
 
 # ------------------------------------------------------------------------------------------------- networks and strict matching
@@ -125,14 +120,6 @@ def build(kind, config):
 def parameter_shapes(kind, config):
     """{our name: shape} of every parameter"""
     return {name: tuple(p.shape) for name, p in build(kind, config).state_dict().items()}
-
-
-def make_config(kind, fields, path):
-    """The config of one component.  fields {its name: value}, lists for tuples        path for the message of a ValueError"""
-    try:
-        return CONFIGS[kind](**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def may_be_fp8(kind, name):
@@ -232,16 +219,8 @@ class Checkpoint:
     note: str | None = None         # where the numbers come from, if they are no published model's
 
     def __post_init__(self):
-        denoiser, vae_z = self.configs["denoiser"], self.configs["vae"].z_dim
-        experts = {self.parts[name].config for name in self.experts}
-        audio_dim, states = (self.configs["audio"].dim, self.configs["audio"].n_layer + 1) if "audio" in self.configs else (0, 0)
-        for what, got, wanted in (
-                ("the low-noise expert's config", experts, {denoiser}), ("latent channels of the VAE", vae_z, denoiser.out_dim),
-                ("width of the text encoder", self.configs["text"].dim, denoiser.text_dim),
-                ("width of the audio encoder", audio_dim, denoiser.audio_dim),
-                ("hidden states of the audio encoder", states, denoiser.audio_states if denoiser.audio_dim else 0)):
-            if got != wanted:
-                raise ValueError(f"{self.folder}: {what}: the denoiser wants {wanted}, got {got}: these files are from different models")
+        from formats.checks import check_checkpoint
+        check_checkpoint(self)
 
     @property
     def experts(self):
@@ -300,18 +279,25 @@ def open_converted(folder, singles):
     fields = read_json(path)
     kinds = {name: name.split("_")[0] for name in expert_names(fields.get("boundary"))} | {"vae": "vae", "text": "text"}
     kinds |= {"audio": "audio"} if "audio" in fields else {}
+    task = fields["task"] if isinstance(fields["task"], str) else None
     lacking = ["boundary"] if "boundary" not in fields else []
     lacking += [name for name in ("sampling", *kinds.values()) if not isinstance(fields.get(name), dict)]
-    if lacking or fields["task"] not in SAMPLING or not fields["sampling"].keys() >= SAMPLING[fields["task"]].keys():
-        raise ValueError(f"{path}: wanted a task of {', '.join(SAMPLING)} with all its fields, got {fields['task']}, "
+    if lacking or task not in SAMPLING or not fields["sampling"].keys() >= SAMPLING[task].keys():
+        raise ValueError(f"{path}: wanted a task of {', '.join(SAMPLING)} with all its fields, got {repr(fields['task'])[:60]}, "
                          f"lacking {', '.join(lacking) or 'sampling values'}: convert again")
-    configs = {kind: make_config(kind, fields[kind], path) for kind in set(kinds.values())}
+    from formats.checks import make_config, require
     given = {}
     if singles:
         from formats import foreign
-        given = foreign.match_singles(singles, kinds, configs, folder)
+        given = foreign.assign(singles, kinds, folder)
     files = {name: folder / f"{name}.safetensors" for name in kinds if name not in given}
     require(folder, [(file, name) for name, file in files.items()] + [(folder / "tokenizer.json", "tokenizer")])
-    parts = {name: Part(kind, configs[kind], given.get(name) or match(open_safetensors(files[name]), None, kind, configs[kind]))
-             for name, kind in kinds.items()}
-    return Checkpoint(folder, fields["task"], fields["boundary"], fields["sampling"], folder / "tokenizer.json", parts, fields.get("note"))
+    parts = {}
+    for name, kind in kinds.items():
+        entries, rules = given.get(name) or open_safetensors(files[name]), None
+        config = make_config(kind, fields[kind], path, entries)
+        if name in given:
+            from formats import names
+            rules = names.rules_for(kind, config, entries)
+        parts[name] = Part(kind, config, match(entries, rules, kind, config))
+    return Checkpoint(folder, task, fields["boundary"], fields["sampling"], folder / "tokenizer.json", parts, fields.get("note"))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fast.fp8 import E4M3
-from formats import gguf_file, names
-from formats.checkpoints import (BOUNDARY, LFS, SAMPLING, Checkpoint, Entry, Part, match, may_be_fp8, open_safetensors, parameter_shapes,
-                                 read_json, require)
+from formats import checks, gguf_file, names
+from formats.checkpoints import BOUNDARY, LFS, SAMPLING, Checkpoint, Entry, Part, match, may_be_fp8, open_safetensors, parameter_shapes, read_json
+from formats.checks import require
 
 WAV2VEC = "wav2vec2-large-xlsr-53-english"
 SCALES = ("scale_weight", "weight_scale")                        # ComfyUI until 2025 and kijai; ComfyUI since, LightX2V, ours
@@ -43,9 +43,10 @@ def open_pickle(path):
 
     raises  ValueError for anything else: code, a damaged file, the format from before PyTorch 1.6
     """
+    checks.check_pickle(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, MemoryError) as error:
         raise ValueError(by_its_first_bytes(path) or f"{path} is not a whole file of tensors alone ({type(error).__name__}): "
                          "refused, nothing in it was executed; download it again") from error
     nested = [name for name, value in tensors.items() if isinstance(value, dict)] if isinstance(tensors, dict) else []
@@ -54,6 +55,7 @@ def open_pickle(path):
                          f"torch.save(torch.load(FILE, weights_only=True)[{nested[0]!r}], NEW)")
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{path}: wanted a dictionary name -> tensor, got {type(tensors).__name__} with other values in it")
+    checks.check_unpacked(path, tensors)
     return {name: Entry(path, tuple(t.shape), t.dtype, partial(Tensor.detach, t)) for name, t in tensors.items()}
 
 
@@ -67,6 +69,15 @@ def open_tensors(paths):
                 raise ValueError(f"{name} stands in both {entries[name].file} and {path}")
             entries[name] = entry
     return entries
+
+
+def read_index(path):
+    """An index of shards -> the names of their files"""
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(
+            isinstance(file, str) and Path(file).name not in ("", "..") and "\0" not in file for file in names.values()):
+        raise ValueError(f"{path}: wanted weight_map, the name of a file for each tensor: download the index again")
+    return names.values()
 
 
 def shards(folder, stem):
@@ -85,7 +96,7 @@ def shards(folder, stem):
             raise ValueError(f"{folder} holds several variants of {start}: {', '.join(sorted(found))}: keep the files of one")
         if found:
             path = found.get("") or next(iter(found.values()))
-            weights = read_json(path).get("weight_map", {}).values() if path.suffix == ".json" else [path.name]
+            weights = read_index(path) if path.suffix == ".json" else [path.name]
             return sorted({folder / Path(file).name for file in weights})
     return [folder / f"{stem}.safetensors"]
 
@@ -97,7 +108,7 @@ def split_scales(entries):
     plain, scales, problems = {}, {}, []
     for name, entry in entries.items():
         stem, _, last = name.rpartition(".")
-        if last == FORMAT and b'"float8_e4m3fn"' not in (form := bytes(entry.read().tolist())):
+        if last == FORMAT and entry.dtype == torch.uint8 and b'"float8_e4m3fn"' not in (form := bytes(entry.read().flatten()[:200].tolist())):
             problems.append(f"{entry.file}: {stem} is stored as {form[:80]}, wanted float8_e4m3fn: take the bf16 or fp8_scaled file")
         elif last in SCALES and f"{stem}.weight" in scales:
             problems.append(f"{entry.file}: {stem}.weight has two scales")
@@ -107,7 +118,7 @@ def split_scales(entries):
             plain[name] = entry
     for name, scale in scales.items():
         weight = plain.get(name)
-        if weight is None or weight.dtype != E4M3:
+        if weight is None or weight.dtype != E4M3 or not weight.shape:
             problems.append(f"{scale.file}: {name} has a scale, wanted float8, got {'nothing' if weight is None else weight.dtype}")
         elif scale.shape not in ((), (1,), weight.shape[:1], (weight.shape[0], 1)):
             problems.append(f"{scale.file}: the scale of {name} has shape {scale.shape}, wanted one number or {weight.shape[0]}, one a row")
@@ -154,7 +165,7 @@ def translate(entries, rules, kind, config):
             problems.append(f"{entry.file}: {name} and {called[ours]} both lead to {ours}")
         called[ours] = name
         if entry.dtype == E4M3 and may_be_fp8(kind, ours):
-            out[f"{ours}_scale"] = Entry(entry.file, (entry.shape[0], 1), torch.float32, partial(row_scales, entry, scales.get(name)))
+            out[f"{ours}_scale"] = Entry(entry.file, (*entry.shape[:1], 1), torch.float32, partial(row_scales, entry, scales.get(name)))
         elif entry.file.suffix == ".gguf":
             entry = in_shape(entry, parameter_shapes(kind, config).get(ours))
         elif entry.dtype == E4M3:
@@ -193,12 +204,6 @@ def assign(singles, kinds, folder):
             raise ValueError(f"{folder} wants {len(taken)} file{'s' * (len(taken) != 1)} in place of its {kind}{order}; got {len(found)}")
         out |= zip(taken, found)
     return out
-
-
-def match_singles(singles, kinds, configs, folder):
-    """`assign` for a folder whose configs {kind: config} are known -> {component: {our name: Entry}}"""
-    return {name: match(entries, names.rules_for(kinds[name], configs[kinds[name]], entries), kinds[name], configs[kinds[name]])
-            for name, entries in assign(singles, kinds, folder).items()}
 
 
 # -------------------------------------------------------------------------------------------------------------------- folders

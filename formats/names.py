@@ -10,7 +10,7 @@ import math
 import re
 from functools import cache
 
-from formats.checkpoints import make_config
+from formats.checks import check_kinds, make_config
 from text import TextConfig
 from vae import VAE22, VAEConfig
 
@@ -284,17 +284,19 @@ def take_fields(fields, table, scope, path, required=None):
 def denoiser_config(fields, entries, path):
     """config.json of either layout -> model.Config. Two sizes are in no official config but in the tensors: text_dim and audio_states."""
     if "num_attention_heads" in fields:
+        check_kinds(fields, {"num_attention_heads": int, "attention_head_dim": int}, path)
         dim = fields["num_attention_heads"] * fields.get("attention_head_dim", 128)
-        return make_config("denoiser", take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, path) | {"dim": dim, "audio_dim": 0}, path)
+        return make_config("denoiser", take_fields(fields, FIELDS_DIFFUSERS, SCOPE_DIFFUSERS, path) | {"dim": dim, "audio_dim": 0}, path,
+                           entries)
     s2v = fields.get("model_type") == "s2v" or "audio_inject_layers" in fields
     table, scope = (FIELDS | FIELDS_S2V, SCOPE | SCOPE_S2V) if s2v else (FIELDS, SCOPE)
     required = [name for name in (*table, *(SCOPE_S2V if s2v else ())) if name not in OPTIONAL]
     ours = {"audio_dim": 0} | take_fields(fields, table, scope, path, required)
     if "text_embedding.0.weight" in entries:
-        ours["text_dim"] = entries["text_embedding.0.weight"].shape[-1]
+        ours["text_dim"] = (0, *entries["text_embedding.0.weight"].shape)[-1]
     if "casual_audio_encoder.weights" in entries:
         ours["audio_states"] = math.prod(entries["casual_audio_encoder.weights"].shape)
-    return make_config("denoiser", ours, path)
+    return make_config("denoiser", ours, path, entries)
 
 
 def vae_config(fields, entries, path):
@@ -302,27 +304,28 @@ def vae_config(fields, entries, path):
     if fields is not None:
         ours = take_fields(fields, FIELDS_VAE_DIFFUSERS, {"attn_scales": []}, path)
         return make_config("vae", ours | {"dec_dim": fields.get("decoder_base_dim") or ours["dim"], "patch": fields.get("patch_size") or 1,
-                                          "shortcuts": fields.get("is_residual", False)}, path)
-    if not {"conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma"} <= entries.keys():
+                                          "shortcuts": fields.get("is_residual", False)}, path, entries)
+    if not all(name in entries and entries[name].shape for name in ("conv2.weight", "encoder.conv1.weight", "decoder.head.0.gamma")):
         return VAEConfig()                                             # not a VAE: matching says what it is
     z_dim, known = entries["conv2.weight"].shape[0], {config.z_dim: config for config in (VAEConfig(), VAE22)}
     if z_dim not in known:
         raise ValueError(f"{path}: wanted {' or '.join(map(str, known))} latent channels, got {z_dim}: no mean and deviation are known")
     resampler = r"encoder\.downsamples\." + (r"0\.downsamples\." if known[z_dim].shortcuts else "") + r"(\d+)\.resample\.1\.weight"
     blocks = [int(found[1]) for name in entries if (found := re.fullmatch(resampler, name))]   # the first resampler follows them
-    return dataclasses.replace(known[z_dim], dim=entries["encoder.conv1.weight"].shape[0],
-                               dec_dim=entries["decoder.head.0.gamma"].shape[0], num_res_blocks=min(blocks, default=2))
+    sizes = dict(dim=entries["encoder.conv1.weight"].shape[0], dec_dim=entries["decoder.head.0.gamma"].shape[0])
+    return make_config("vae", dataclasses.asdict(known[z_dim]) | sizes | {"num_res_blocks": min(blocks, default=2)}, path, entries)
 
 
-def text_config(entries):
+def text_config(entries, path):
     """Sizes of umT5 from the shapes of its tensors: the official code keeps no config beside them."""
     rules = rules_for("text", None, entries)
     shape = {ours: entry.shape for name, entry in entries.items() if (ours := rename(name, rules))}
-    if not {"embed.weight", "blocks.0.attn.position.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.up.weight"} <= shape.keys():
+    telling = ("embed.weight", "blocks.0.attn.position.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.up.weight")
+    if not all(len(shape.get(name, ())) == 2 for name in telling):
         return TextConfig()                                            # not umT5: matching says what it is
-    (vocab, dim), (n_bucket, n_head) = shape["embed.weight"], shape["blocks.0.attn.position.weight"]
-    return TextConfig(vocab=vocab, dim=dim, dim_attn=shape["blocks.0.attn.q.weight"][0], ffn=shape["blocks.0.ffn.up.weight"][0], n_head=n_head,
-                      n_layer=sum(name.endswith(".attn.q.weight") for name in shape), n_bucket=n_bucket)
+    (vocab, dim), (n_bucket, n_head), (dim_attn, _), (ffn, _) = (shape[name] for name in telling)
+    sizes = dict(vocab=vocab, dim=dim, dim_attn=dim_attn, ffn=ffn, n_head=n_head, n_bucket=n_bucket)
+    return make_config("text", sizes | {"n_layer": sum(name.endswith(".attn.q.weight") for name in shape)}, path, entries)
 
 
 def read_config(kind, fields, entries, path):
@@ -332,7 +335,7 @@ def read_config(kind, fields, entries, path):
     """
     if kind in ("denoiser", "vae"):
         return (denoiser_config if kind == "denoiser" else vae_config)(fields, entries, path)
-    return text_config(entries) if kind == "text" else make_config("audio", take_fields(fields, FIELDS_AUDIO, SCOPE_AUDIO, path), path)
+    return text_config(entries, path) if kind == "text" else make_config("audio", take_fields(fields, FIELDS_AUDIO, SCOPE_AUDIO, path), path, entries)
 
 
 def identify(name, fields, entries):

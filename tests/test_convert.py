@@ -168,7 +168,7 @@ def test_few_files():
     program = ("import sys; from formats.checkpoints import open_checkpoint; open_checkpoint('weights/tiny').load('denoiser_high'); "
                "print(*sorted(name for name in sys.modules if name.startswith(('formats.', 'convert', 'tiny', 'fast.offload'))))")
     run = subprocess.run([sys.executable, "-c", program], cwd=GOLDEN.parent, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["formats.checkpoints"]
+    assert run.stdout.split() == ["formats.checkpoints", "formats.checks"]
 
 
 # ---- folders that are wrong ----

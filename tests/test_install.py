@@ -3,6 +3,7 @@
     pytest tests/test_install.py
 """
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -40,3 +41,14 @@ def test_every_module_is_installed():
     assert set(listed["py-modules"]) == {path.stem for path in HERE.glob("*.py")} - {"conftest", "test_parity"}
     folders = {path.parent.name for path in HERE.glob("*/*.py")} - {"tests", "docs", "build"}
     assert set(listed["packages"]) == folders | {"weights.tiny"}
+
+
+def test_every_package_is_locked_with_its_hashes():
+    """requirements.lock has the versions that pyproject.toml pins, and pip would take every line of it under --require-hashes."""
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    locked = re.sub(r"\\\n *", "", re.sub(r"^ *#.*\n", "", (HERE / "requirements.lock").read_text(), flags=re.MULTILINE)).splitlines()
+    line = re.compile(r"([\w-]+)==([\w.]+)( ;[^#]*?)?( --hash=sha256:[0-9a-f]{64})+")
+    assert all(line.fullmatch(text) for text in locked)
+    versions = {line.match(text)[1]: line.match(text)[2] for text in locked}
+    pinned = [pin.split("==") for pin in project["dependencies"] + project["optional-dependencies"]["test"] if "==" in pin]
+    assert len(pinned) == 12 and all(versions[name] == version for name, version in pinned)

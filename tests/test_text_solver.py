@@ -134,9 +134,10 @@ def test_tokenizer_errors(tmp_path, tokenizer_file):
         Tokenizer(tmp_path / "text.json")
     with pytest.raises(ValueError, match="cannot read the tokenizer .*absent.json"):
         Tokenizer(tmp_path / "absent.json")
-    tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "other.json"))
-    with pytest.raises(ValueError, match="no </s> token"):
-        Tokenizer(tmp_path / "other.json")
+    for other, what in ((models.BPE(), "wanted a Unigram model"), (models.Unigram([("a", -1.0)], unk_id=0), "no </s> token")):
+        tokenizers.Tokenizer(other).save(str(tmp_path / "other.json"))
+        with pytest.raises(ValueError, match=what):
+            Tokenizer(tmp_path / "other.json")
     with pytest.raises(ValueError, match="take both from one checkpoint"):
         encode_prompt(encoder(vocab=10), Tokenizer(tokenizer_file), "xyz")
 
