@@ -243,6 +243,15 @@ class WanS2VPipeline:
             video.save(out)
         return video
 
+    def batch(self, jobs):
+        """Many videos: networks stay loaded, no frames are kept, a bad job does not stop the others.
+
+        jobs     dicts of arguments of `__call__`, each with its own `out`
+        returns  per job its `out`, or the error (one line) that kept it from being made
+        """
+        from jobs.batch import make_many
+        return make_many(self, jobs)
+
 
 # ------------------------------------------------------------------------------------------------------ S2V: sound and picture
 
