@@ -25,13 +25,12 @@ class Hearing:
 
     def __call__(self, first, end):
         """Features of video frames first ... end - 1: (S, C, end - first) float32 on the CPU, zeros after the sound. Later ones come later."""
-        pieces = []
+        pieces = [torch.zeros(self.cfg.n_layer + 1, self.cfg.dim, 0)]                        # the sound may have ended
         for number in self.window[first:end].unique().tolist():
             if number != self.number:
                 self.advance(number)
             mine = (self.window == number).nonzero()[:, 0]
             pieces.append(self.features[..., (mine >= first) & (mine < end)])
-        pieces = pieces or [torch.zeros(self.cfg.n_layer + 1, self.cfg.dim, 0)]
         found = torch.cat(pieces, dim=2)
         return F.pad(found, (0, end - first - found.shape[2]))
 

@@ -321,8 +321,8 @@ def plan_memory(config, checkpoint, latent_shape, tokens, free, samples=0):
             remedies["add --fp8"] = replace(config, fp8=True)
         helps = [remedy for remedy, other in remedies.items()
                  if other != config and choose(other, checkpoint, latent_shape, tokens, free, samples).peak <= free.device]
-        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {free.device / GIB:.1f} are there: "
-                         f"{helps[0] if helps else 'choose a smaller --size or fewer frames'}")
+        helps += ["add --duration 60"] * (chosen.audio == chosen.peak) + ["choose a smaller --size or fewer frames"]
+        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {free.device / GIB:.1f} are there: {helps[0]}")
     if chosen.host > free.host_total:
         raise ValueError(f"{chosen.host / GIB:.1f} GiB of host memory are wanted, this machine has {free.host_total / GIB:.1f}: "
                          f"{'choose a smaller --size' if chosen.fp8 or free.device is None else 'add --fp8'}")
