@@ -76,8 +76,16 @@ def parser():
     g.add_argument("--pose-video", metavar="FILE", help="video whose motion is followed, sampled at 16 fps (default: none)")
     g.add_argument("--start", type=float, default=0.0, help="seconds to skip in the audio (default: 0)")
     g.add_argument("--duration", type=float, help="seconds of the audio to use (default: to its end)")
+    g.add_argument("--batch", metavar="FILE", help="make many videos. FILE has a job a line, as JSON: options under their long names, which go "
+                   "before those given here: {\"audio\": \"a.wav\", \"image\": \"b.png\", \"out\": \"x.mp4\", \"seed\": 3}, names of files as seen "
+                   "from the folder of FILE. Or a folder, for a job per sound in it; --image is then a picture, or a folder with a picture of "
+                   "the same name for each. --out is a folder, ending in / (default: that of FILE). A bad job gets its line, the others go on; "
+                   "FILE.summary.json, or batch.json in the folder, says how all stand; the same command again makes what is missing. Exit "
+                   "status 0 if all are done")
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
+    g.add_argument("--restart", action="store_true", help="in a batch, make again what is there but was made from something else, or not by this "
+                   "batch (default: such a job is refused)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
                    f"size (default: {own('size')})")
     g.add_argument("--enlarge", action="store_true", help="scale a picture of fewer pixels up to that size (S2V; default: off, as official)")
@@ -151,7 +159,7 @@ def open_pipeline(args):
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
-    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=False, **choices(args))
+    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, **choices(args))
     cap_memory(pipeline.device, args.vram)
     return pipeline
 
@@ -182,41 +190,30 @@ def make_video(pipeline, args):
 
 
 def main(args):
-    from media.video import check_output                             # here: importing `sample` does not need it
+    """-> exit status"""
+    if args.batch is not None:
+        from jobs.batch import run_batch                             # here, as below: importing `sample` does not need it
+        return run_batch(args, sys.modules[__name__])
+    from media.video import check_output
     check_output(args.out)
     make_video(open_pipeline(args), args)
-
-
-def device_errors():
-    """The types of errors that a GPU and the compiler raise; a RuntimeError of any other kind is a mistake of the code and shows itself."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-    return torch.AcceleratorError, TorchDynamoException, InductorError
+    return 0
 
 
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
     any_terminal()
+    args = None
     try:
-        main(args := parser().parse_args(argv))
-        return 0
-    except torch.OutOfMemoryError as error:
-        wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        print(f"error: the device is out of memory{f' for {wanted[1]} more' if wanted else ''}: choose a smaller --size or fewer --clip-frames",
-              file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):                  # of Python, of PyTorch on the host
-            print("error: the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture", file=sys.stderr)
-            return 2
-        if not isinstance(error, device_errors()):
-            raise
-        what = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"error: PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size", file=sys.stderr)
+        return main(args := parser().parse_args(argv))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        from jobs.explain import explain
+        if (line := explain(error, args)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
     return 2
 
 

@@ -335,7 +335,8 @@ def pipeline_s2v(meta, golden, run):
     config = RunConfig(steps=steps, shift=call["shift"], guidance=(call["guide_scale"],), solver=call["sample_solver"],
                        clip_frames=call["infer_frames"], start_from_ref=call["init_first_frame"])
     noise = [partial(lambda name: value(meta, name)[None], f"noise_{clip}") for clip in range(clips)]
-    inputs = ClipInputs(value(meta, "context")[None], value(meta, "context_null")[None], value(meta, "audio_emb"),
+    inputs = ClipInputs(value(meta, "context")[None], value(meta, "context_null")[None],
+                        lambda first, end: value(meta, "audio_emb")[0, ..., first:end],
                         fit_picture(reference, size, official=True)[None, :, None], noise, pose_clips(meta, call, size), call["motion_frames"])
     experts = Experts(["denoiser"], None, lambda name: velocity)
     frames = list(make_clips(inputs, coder, experts, config, Stages(), lambda clip, steps: steps))

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import audio_features
 from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan
 from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
@@ -208,7 +207,7 @@ class WanS2VPipeline:
 
     def __call__(self, audio_path=None, image_path=None, prompt="", negative_prompt=None, num_frames=None, height=None, width=None,
                  guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, out=None,
-                 quiet=False, **options):
+                 quiet=False, keep_frames=True, **options):
         """One video. Prints the plan and a progress bar.
 
         audio_path               file of any common format, or (samples, rate): numpy or torch, (n,) or (n, channels), floats in [-1, 1] or int16
@@ -221,6 +220,7 @@ class WanS2VPipeline:
         use_fp16                 runs as bfloat16, with a warning: float16 overflows in this model family
         out                      file or folder as in `Video.save`: refused before the work if it cannot be written, written at its end
         quiet                    print warnings only
+        keep_frames              False: they go to `out` as they are made, which is returned
         options                  any other field of RunConfig: shift, solver, seed, clips, clip_frames, pose_video, start_from_ref, ...
         returns                  Video, with .frames and .save(path)
         raises                   ValueError for files or values that cannot be used, TypeError for unknown names and kinds
@@ -245,10 +245,25 @@ class WanS2VPipeline:
             any_terminal(ours=False)
             print(plan)
         progress = () if quiet else (Progress(plan.clips, self.device, begin),)
-        video = Video(torch.cat(list(self.generate(plan, Stages(self.device), *progress)), dim=1), plan, files)
+        clips = self.generate(plan, Stages(self.device), *progress)
+        if not keep_frames:
+            with open_writer(out, plan) as writer:
+                for frames in clips:
+                    writer.write(frames)
+            return out
+        video = Video(torch.cat(list(clips), dim=1), plan, files)
         if out is not None:
             video.save(out)
         return video
+
+    def batch(self, jobs):
+        """Many videos: networks stay loaded, no frames are kept, a bad job does not stop the others.
+
+        jobs     dicts of arguments of `__call__`, each with its own `out`
+        returns  per job its `out`, or the error (one line) that kept it from being made
+        """
+        from jobs.batch import make_many
+        return make_many(self, jobs)
 
 
 # ------------------------------------------------------------------------------------------------------ S2V: sound and picture
@@ -258,7 +273,7 @@ class ClipInputs:
     """What the clips of one video are made from."""
     text: torch.Tensor           # umT5 rows of the prompt (1, S, text_dim)
     negative: torch.Tensor       # of the negative prompt
-    audio: torch.Tensor          # (1, states, audio_dim, audio frames): one per pixel frame of all clips
+    audio: object                # function (first, end) -> (states, audio_dim, end - first): audio frames of those pixel frames
     picture: torch.Tensor        # (1, 3, 1, height, width) in [-1, 1], on the device
     noise: list                  # per clip (1, z, T, H, W), or a function that draws it
     pose: list                   # per clip (1, 3, P, height, width) in [-1, 1], or None; or a function that reads it
@@ -274,10 +289,9 @@ def generate_s2v(checkpoint, plan, stage, progress):
             faces.warn_unless_known(o.prompt)
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     with stage("audio"):
-        encoder = checkpoint.load("audio", o.device, torch.float32)
-        audio, _ = audio_features(encoder, plan.sound.to(o.device), FPS, n)
-        audio = audio[None].cpu()                                    # 100 MB a minute: the device gets one clip of it at a time
-        del encoder
+        from fast.hearing import Hearing                             # here: importing `sample` does not need it
+        audio = Hearing(plan.sound, checkpoint.configs["audio"], lambda: checkpoint.load("audio", o.device, torch.float32), o.device, FPS, n)
+        audio(0, n)                                                  # before other networks need the device
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
         picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]
@@ -309,7 +323,8 @@ def make_clips(inputs, vae, experts, config, stage, progress):
     for clip, (noise, pose) in enumerate(zip(inputs.noise, inputs.pose)):
         first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
         noise, pose = noise(), encode_pose(vae, pose, picture.device)
-        audio = inputs.audio[..., clip * n:(clip + 1) * n].to(noise.device)
+        with stage("audio"):
+            audio = inputs.audio(clip * n, (clip + 1) * n)[None].to(noise.device)
         solver = make_solver(o.solver, o.steps, o.shift)
         positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=None if first else motion, pose=pose)
         experts.begin(positive, dict(positive, text=inputs.negative, audio=0 * audio), o.guidance)

@@ -19,7 +19,7 @@ from audio import audio_frame_indices
 from fast.probe import GIB, Memory
 from formats.checkpoints import parameter_dtype
 from media.pictures import i2v_size, load_image, s2v_size, ti2v_size
-from media.sound import RATE, load_audio
+from media.sound import RATE
 from model import MOTION_BUCKETS, PATCH
 from sampling import SOLVERS
 
@@ -119,12 +119,13 @@ class MemoryPlan:
     weights: int = 0             # of them its weights
     text: int = 0
     vae: int = 0
+    audio: int = 0               # while sound is encoded; from its second window on beside denoiser and VAE
     streamed: int = 0            # of the denoiser in pinned host memory
     host: int = 0                # of host memory, mapped files not counted
 
     @property
     def peak(self):
-        return max(self.denoiser, self.text, self.vae)
+        return max(self.denoiser, self.text, self.vae, self.audio)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Plan:
     frames: int                  # of the whole video
     latent_shape: tuple[int, int, int]   # T, H, W of one clip
     tokens: tuple[int, ...]      # of the first clip, and of a later one where that has more
-    sound: torch.Tensor | None   # (samples,) 16 kHz mono
+    sound: object                # a Speech, or None
     denoiser: object             # its Config
     sizes: dict[str, float]      # component -> GiB on disk
     memory: MemoryPlan
@@ -191,8 +192,8 @@ class Plan:
         how += [f"{m.chunk} tokens at once"] * bool(m.chunk) + ["text keys on the host"] * m.host_layers
         how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.fp8 + ["8-bit attention"] * o.attention8
         how += ["compiled"] * bool(o.compile)
-        gib = {name: f"{getattr(m, name) / GIB:.1f}" for name in ("peak", "denoiser", "weights", "text", "vae", "streamed")}
-        return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}; "
+        gib = {name: f"{getattr(m, name) / GIB:.1f}" for name in ("peak", "denoiser", "weights", "text", "vae", "audio", "streamed")}
+        return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}, audio {audio}; "
                 "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
                 f"         {host}\n         {', '.join(how)}")
 
@@ -217,7 +218,8 @@ def make_plan(config, checkpoint, free):
     H, W = height // vae.stride[1], width // vae.stride[2]
     fields = dict(task=checkpoint.task, height=height, width=width, notes=notes, denoiser=cfg, sizes=checkpoint.sizes(), free=free)
     if kind == "s2v":
-        shape, sound = (config.clip_frames // vae.stride[0], H, W), load_audio(config.audio, config.start, config.duration)
+        from media.speech import open_speech                         # here: importing `sample` does not need it
+        shape, sound = (config.clip_frames // vae.stride[0], H, W), open_speech(config.audio, config.start, config.duration)
         clips, frames = count_clips(config, checkpoint.configs["audio"].frames(len(sound)), len(sound) / RATE)
         first, later = token_counts(shape)
         tokens = (later,) if config.start_from_ref else (first, later) if clips > 1 else (first,)
@@ -230,7 +232,8 @@ def make_plan(config, checkpoint, free):
         forwards = fields["clips"] * config.steps * (2 if max(config.guidance) > 1 else 1)
         gain = forwards * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
         config = replace(config, compile=config.device.type == "cuda" and gain > COMPILE_SECONDS)
-    return Plan(config, latent_shape=shape, memory=plan_memory(config, checkpoint, shape, tokens[-1], free), **fields)
+    memory = plan_memory(config, checkpoint, shape, tokens[-1], free, len(fields["sound"] or ()))
+    return Plan(config, latent_shape=shape, memory=memory, **fields)
 
 
 def frame_size(o, kind, stride):
@@ -286,13 +289,14 @@ def token_counts(latent_shape):
 
 # --------------------------------------------------------------------------------------------------------------------- how it fits
 
-def plan_memory(config, checkpoint, latent_shape, tokens, free):
+def plan_memory(config, checkpoint, latent_shape, tokens, free, samples=0):
     """Choose how to run so that it fits -> MemoryPlan.
 
     latent_shape  (T, H, W) of a clip        tokens  of its longest forward        config  `resident` is kept if given
+    samples       of the sound
     raises        ValueError with the option that would make it fit
     """
-    chosen = choose(config, checkpoint, latent_shape, tokens, free)
+    chosen = choose(config, checkpoint, latent_shape, tokens, free, samples)
     if not 0 <= (config.resident or 0) <= chosen.blocks:
         raise ValueError(f"of the denoiser's blocks 0 to {chosen.blocks} can be resident, got {config.resident}")
     if free.device is not None and chosen.peak > free.device:
@@ -301,16 +305,16 @@ def plan_memory(config, checkpoint, latent_shape, tokens, free):
         if not chosen.fp8:
             remedies["add --fp8"] = replace(config, fp8=True)
         helps = [remedy for remedy, other in remedies.items()
-                 if other != config and choose(other, checkpoint, latent_shape, tokens, free).peak <= free.device]
-        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {free.device / GIB:.1f} are there: "
-                         f"{helps[0] if helps else 'choose a smaller --size or fewer frames'}")
+                 if other != config and choose(other, checkpoint, latent_shape, tokens, free, samples).peak <= free.device]
+        helps += ["add --duration 60"] * (chosen.audio == chosen.peak) + ["choose a smaller --size or fewer frames"]
+        raise ValueError(f"{chosen.peak / GIB:.1f} GiB of device memory are wanted, {free.device / GIB:.1f} are there: {helps[0]}")
     if chosen.host > free.host_total:
         raise ValueError(f"{chosen.host / GIB:.1f} GiB of host memory are wanted, this machine has {free.host_total / GIB:.1f}: "
                          f"{'choose a smaller --size' if chosen.fp8 or free.device is None else 'add --fp8'}")
     return chosen
 
 
-def choose(config, checkpoint, latent_shape, tokens, free):
+def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
     """The first way to run that fits, or the smallest -> MemoryPlan.  Arguments as `plan_memory`"""
     cfg, vae_cfg, (T, H, W), limit = checkpoint.configs["denoiser"], checkpoint.configs["vae"], latent_shape, free.device
     text, expert = weigh(checkpoint.parts["text"], config), checkpoint.parts[checkpoint.experts[0]]
@@ -318,11 +322,14 @@ def choose(config, checkpoint, latent_shape, tokens, free):
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in expert.tensors.values())
     vae = sum(math.prod(entry.shape) for entry in checkpoint.parts["vae"].tensors.values()) * config.vae_dtype.itemsize
     frame = 3 * H * vae_cfg.stride[1] * W * vae_cfg.stride[2]
-    video = 4 * frame * (3 * 4 * T + 73) + vae + HOST_OVERHEAD       # two clips of float32 frames, and one of them joined to its history
+    from fast.hearing import hearing_bytes                           # here, as below: importing `sample` does not need it
+    hear, features, later = hearing_bytes(checkpoint, FPS, samples)
+    video = 4 * frame * (3 * 4 * T + 73) + vae + features + HOST_OVERHEAD         # two clips of float32 frames, and one of them joined to its history
     weights, _, n = weigh_expert(None)
     if limit is None:
         peak = int(weights * len(checkpoint.experts) + activation_bytes(config, cfg, tokens, MemoryPlan(fp8=fp8)))
-        return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, host=int(max(peak, text(None)[0]) + video))
+        hear += later * weights * len(checkpoint.experts)
+        return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, audio=int(hear), host=int(max(peak, text(None)[0], hear) + video))
     from fast.vae_plan import vae_cuts                               # here: a CPU does without
     cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype)
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
@@ -334,7 +341,7 @@ def choose(config, checkpoint, latent_shape, tokens, free):
         weights, pinned, _ = weigh_expert(resident)
         denoiser = weights + activation_bytes(config, cfg, tokens, chosen)
         tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
-        if max(denoiser, weights + vae + decode) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
+        if max(denoiser, weights + vae + max(decode, later * hear)) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
             break                                                    # streaming costs less than tiles
     text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
     text_peak, text_pinned, _ = text(text_resident)
@@ -342,7 +349,7 @@ def choose(config, checkpoint, latent_shape, tokens, free):
     if tiles > 1:                                                    # all pieces of a decoding wait on the host: pixels, and what they are made from
         host += ((4 * T + 73) * frame + (T + 19) * H * W * vae_cfg.dec_dim * vae_cfg.dim_mult[-1]) * config.vae_dtype.itemsize
     return replace(chosen, text_resident=text_resident, tiles=tiles, denoiser=int(denoiser), weights=int(weights), streamed=pinned,
-                   host=int(host), text=int(text_peak + TEXT_ACTIVATIONS), vae=int(weights + vae + decode))
+                   host=int(host), text=int(text_peak + TEXT_ACTIVATIONS), vae=int(weights + vae + decode), audio=int(hear + later * (weights + vae)))
 
 
 def keepable(plan, checkpoint):

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import soundfile
-import soxr
-import torch
 
 from media.ffmpeg import COUNTED, FFmpegError, NoFFmpeg, clock, decoded, ffmpeg_command, last_line, source, streams
 
@@ -191,33 +189,11 @@ def load_audio(path, start=0.0, duration=None):
 
     path      whatever ffmpeg reads (first audio stream); without an ffmpeg wav, flac, ogg, mp3, ... by libsndfile
     start     seconds to skip        duration  seconds to use, None = to the end (a shorter file gives a warning)
-    returns   (samples,) float32 at 16 kHz, nominally in [-1, 1]; decoded in blocks, so memory is about twice the result
+    returns   (samples,) float32 at 16 kHz, nominally in [-1, 1]; decoded in blocks, so memory is about twice the result; `open_speech` holds less
     raises    ValueError: file missing, unreadable, without sound, not finite, shorter than 45 ms, or start past its end
     warns     on stderr: silence, channels that cancel (one is used), file cut short or damaged (what is there is used)
     parity    the bits of librosa.load(path, sr=16000) for wav and flac, mp3 within 5e-6, opus within 1.4e-4, where libsndfile reads all of the file
     source    official L75
     """
-    path = os.fspath(path)
-    if not (0 <= start < math.inf) or duration is not None and not (0 < duration < math.inf):
-        raise ValueError(f"wanted start >= 0 s and duration > 0 s, got start {start} and duration {duration}: change them")
-    recording = examine(path, warn)
-    rate, resampler, used, parts = recording.rate, None, 0, []
-    for part in cut(path, recording, start, duration):
-        part, used = part.T.mean(axis=0), used + len(part)
-        if rate != RATE:
-            resampler = resampler or soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
-            part = resampler.resample_chunk(np.ascontiguousarray(part))
-        parts.append(part)
-    if resampler:
-        parts.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-        length = math.ceil(used * (RATE / rate))  # librosa's length; soxr may fall one sample short
-        parts.append(np.zeros(max(length - sum(map(len, parts)), 0), np.float32))
-    if duration is not None and used < int(duration * rate):
-        warn(f"{path} has {used / rate:.2f} s from {start:g} s on, not the {duration:g} s wanted: using those")
-    wav = np.concatenate(parts)
-    if len(wav) < MIN_SAMPLES:
-        raise ValueError(f"wanted at least {1000 * MIN_SAMPLES // RATE} ms of sound, got {1000 * len(wav) / RATE:.1f} ms "
-                         f"from {path}: give a longer recording or part")
-    if np.ptp(wav) < 2e-4:  # -80 dB of full scale
-        warn(f"{path} is silent: the mouth will have nothing to follow")
-    return torch.from_numpy(wav)
+    from media.speech import open_speech                             # here: importing `sample` does not need it
+    return open_speech(path, start, duration, keep=math.inf).samples

@@ -42,9 +42,10 @@ def card(gib, host=64, total=64):
     return Memory(None if gib is None else int(gib * GIB), int(host * GIB), int(total * GIB))
 
 
-def fit(config, gib, task="s2v-14B", shape=None, **host):
+def fit(config, gib, task="s2v-14B", shape=None, samples=0, **host):
     shape = shape or SHAPES[task]
-    return plan_memory(config, released(task), shape, token_counts(shape)[1] if task == "s2v-14B" else TOKENS[task], card(gib, **host))
+    return plan_memory(config, released(task), shape, token_counts(shape)[1] if task == "s2v-14B" else TOKENS[task], card(gib, **host),
+                       samples)
 
 
 # ------------------------------------------------------------------------------------------------ planned against counted bytes

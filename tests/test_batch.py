@@ -1,0 +1,232 @@
+"""Batches: what a file or a folder asks for, bad jobs among good ones, runs that are killed and go on, and the same from Python.
+
+    pytest tests/test_batch.py
+"""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import sample
+from formats.checkpoints import Checkpoint
+from media.ffmpeg import probe
+from wan_s2v import WanS2VPipeline
+
+HERE = Path(__file__).parents[1]
+VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
+QUICK = ["--steps", "1", "--size", "64x64", "--clip-frames", "8", "--clips", "1"]
+
+
+def sounds(folder, *names):
+    """Half seconds of a voice, all different."""
+    folder.mkdir(exist_ok=True)
+    voice, rate = soundfile.read(VOICE)
+    for n, name in enumerate(names):
+        soundfile.write(folder / name, voice[12000 + 4000 * n:20000 + 4000 * n], rate)
+
+
+def write_jobs(path, jobs):
+    path.write_text("\n".join(job if isinstance(job, str) else json.dumps(job) for job in jobs) + "\n")
+    return ["--batch", str(path), "--image", FACE, *QUICK]
+
+
+def summary(path):
+    return json.loads(path.read_text())
+
+
+def states(path):
+    return [job["state"] for job in summary(path)["jobs"]]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Videos are stubs that name what they were made from; the list of their outputs in order."""
+    outs = []
+
+    def make_video(pipeline, args):
+        outs.append(os.path.basename(args.out))
+        Path(args.out).parent.mkdir(exist_ok=True)
+        Path(args.out).write_text(f"{args.audio} {args.image} seed {args.seed} guidance {args.guidance} {args.start_from_ref}")
+    monkeypatch.setattr(sample, "make_video", make_video)
+    return outs
+
+
+# ------------------------------------------------------------------------------------------------------------- killed and run again
+
+def run_until(command, before, log, how):
+    """Start a batch of which so many jobs are done, and send a signal while the second of the others is made -> exit status."""
+    process = subprocess.Popen([sys.executable, "sample.py", *command], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))         # tests in the background ignore it
+    wanted = {"done before": before, "done": 1, "running": 1}
+    while process.poll() is None and not (log.exists() and {name: states(log).count(name) for name in wanted} == wanted):
+        time.sleep(0.02)
+    process.send_signal(how)
+    return process.wait()
+
+
+def test_killed_twice_and_run_again(tmp_path, capsys):
+    """12 jobs, 3 of them bad; kill -9, then Ctrl-C, then the same once more: 9 videos, each made once, as alone; the summary names the three."""
+    sounds(tmp_path, *(f"{n}.wav" for n in range(9)))
+    jobs = [{"audio": f"{n}.wav", "seed": n} for n in range(9)]
+    (tmp_path / "text.wav").write_text("no sound\n" * 99)
+    for at, bad in ((2, {"audio": "text.wav"}), (5, {"audio": "missing.wav"}), (9, {"audio": "1.wav", "out": "wrong.mp4", "solver": "rk4"})):
+        jobs.insert(at, bad)
+    command, log = write_jobs(tmp_path / "jobs.jsonl", jobs), tmp_path / "jobs.jsonl.summary.json"
+    seen = {}
+    for before, how, status in ((0, signal.SIGKILL, -signal.SIGKILL), (1, signal.SIGINT, 130)):
+        assert run_until(command, before, log, how) == status
+        seen |= {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("?.mp4")}
+    assert states(log).count("stopped") == 1 and states(log).count("waiting") == 6 and len(seen) == 2
+    capsys.readouterr()
+    assert sample.cli(command) == 2
+    text, found = capsys.readouterr(), summary(log)
+    assert (found["done"], found["failed"], found["left"]) == (9, 3, 0)
+    assert [job["job"] for job in found["jobs"] if job["error"]] == [3, 6, 10]
+    for words in ("job 3, text.wav: ", "job 6, missing.wav: ", "job 10, 1.wav: "):
+        assert text.err.count(f"error: {words}") == 1
+    assert "batch    9 of 12 done, 3 failed" in text.out and text.out.count(" failed      ") == 3
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == [f"{n}.mp4" for n in range(9)]
+    assert all((path.stat().st_mtime_ns, path.read_bytes()) == before for path, before in seen.items())
+    assert all(probe(path, count=False).has_audio for path in tmp_path.glob("*.mp4"))
+    last = next(path for path in sorted(tmp_path.glob("*.mp4"), reverse=True))
+    for path in (min(seen), last):                                   # made before the kill, and after it
+        alone = ["--audio", str(path.with_suffix(".wav")), "--seed", path.stem, "--image", FACE, *QUICK]
+        assert sample.cli([*alone, "--out", str(tmp_path / "alone.mp4")]) == 0
+        assert (tmp_path / "alone.mp4").read_bytes() == path.read_bytes()
+
+
+def test_killed_before_it_was_noted(tmp_path, made):
+    """The video has its name, the summary does not know yet: it is finished, and not made again."""
+    sounds(tmp_path, "a.wav")
+    command, log = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}]), tmp_path / "jobs.summary.json"
+    assert sample.cli(command) == 0
+    record = summary(log)
+    del record["made"]["a.mp4"]["after"]
+    log.write_text(json.dumps(record))
+    assert sample.cli(command) == 0 and made == ["a.mp4"] and states(log) == ["done before"]
+    os.remove(tmp_path / "a.mp4")
+    assert sample.cli(command) == 0 and made == ["a.mp4"] * 2
+
+
+# ------------------------------------------------------------------------------------------------------------- what is asked for
+
+def test_options_of_jobs_come_before_those_of_the_command(tmp_path, monkeypatch, made):
+    sounds(tmp_path / "jobs", "a.wav", "b.wav")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copy(FACE, tmp_path / "jobs" / "other.png")
+    command = write_jobs(tmp_path / "jobs" / "list", [{"audio": "a.wav", "seed": 3, "guidance": "2,3", "start-from-ref": False}, "",
+                                                      {"audio": "b.wav", "image": "other.png", "out": "sub/c.mp4", "start_from_ref": None}])
+    assert sample.cli([*command, "--seed", "5", "--start-from-ref"]) == 0
+    assert (tmp_path / "jobs" / "a.mp4").read_text() == f"{tmp_path}/jobs/a.wav {FACE} seed 3 guidance (2.0, 3.0) False"
+    assert (tmp_path / "jobs" / "sub" / "c.mp4").read_text() == f"{tmp_path}/jobs/b.wav {tmp_path}/jobs/other.png seed 5 guidance None True"
+
+
+def test_a_folder_of_sounds_and_one_of_pictures(tmp_path, made, capsys):
+    sounds(tmp_path / "in", "a.wav", "b.flac", "c.wav")
+    (tmp_path / "faces").mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(FACE, tmp_path / "faces" / name)
+    command = ["--batch", str(tmp_path / "in"), "--out", f"{tmp_path}/out/", *QUICK]
+    assert sample.cli([*command, "--image", str(tmp_path / "faces")]) == 2
+    assert made == ["a.mp4", "b.mp4"] and states(tmp_path / "in" / "batch.json") == ["done", "done", "failed"]
+    assert (tmp_path / "out" / "b.mp4").read_text().startswith(f"{tmp_path}/in/b.flac {tmp_path}/faces/b.png ")
+    assert f"error: job 3, c.wav: wanted one picture c.* in {tmp_path}/faces, there are 0" in capsys.readouterr().err
+    shutil.copy(FACE, tmp_path / "faces" / "c.png")
+    assert sample.cli([*command, "--image", str(tmp_path / "faces")]) == 0 and made == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+@pytest.mark.parametrize("job, words", [
+    ("{", "it is not JSON"), ("[3]", "no object in braces"), ("[" * 9999, "it is not JSON"), ({"audio": "a.wav", "sede": 3}, 'did you mean "seed"?'),
+    ({"audio": "a.wav", "seed": True}, '"seed" wants a number or a text'), ({"audio": "a.wav", "seed": "x"}, "argument --seed: invalid int value"),
+    ({"audio": "a.wav", "official": 1}, '"official" wants true or false, got 1'), ({"audio": "a.wav", "batch": "x"}, "is no option of a job"),
+    ({"audio": ["a.wav"]}, "a number or a text"), ({"audio": "a.wav", "size": [64, 64]}, '"size" wants a number or a text'),
+    ({"audio": "b.wav", "ckpt": "nowhere"}, "no checkpoint folder nowhere"), ({"audio": "b.wav", "out": "b.gif"}, "wanted a name that ends in"),
+    ({"audio": "b.wav", "out": "./a.mp4"}, "is written by job 1 already"), ({"audio": "b.wav", "out": "b.wav"}, "is read by job 2"),
+    ({"audio": "b.wav", "out": "film.mp4"}, "is there already and not made by this batch"), ({"audio": "a\0.wav"}, "null")],
+    ids=lambda value: str(value)[:40])
+def test_a_bad_job_has_one_line_and_the_others_go_on(tmp_path, made, capsys, job, words):
+    sounds(tmp_path, "a.wav", "b.wav", "c.wav")
+    (tmp_path / "film.mp4").write_text("precious")
+    assert sample.cli(write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}, job, {"audio": "c.wav"}])) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: job 2, ") and words in lines[0], lines
+    assert made == ["a.mp4", "c.mp4"] and states(tmp_path / "jobs.summary.json") == ["done", "failed", "done"]
+    assert (tmp_path / "film.mp4").read_text() == "precious"
+
+
+def test_a_batch_that_is_none(tmp_path, made, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").write_text("\n\n")
+    sounds(tmp_path, "a.wav")
+    command = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}])
+    for arguments, words in ((["--batch", "nowhere"], "which is neither"), (["--batch", str(tmp_path / "empty")], "holds no job: wanted sounds"),
+                             (["--batch", str(tmp_path / "blank")], "holds no job"), ([*command, "--out", "a.mp4"], "end it in /")):
+        assert sample.cli(arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and words in lines[0], lines
+    (tmp_path / "jobs.summary.json").write_text('{"made": 3}')
+    assert sample.cli(command) == 2 and "is no summary of a batch" in capsys.readouterr().err and not made
+
+
+def test_what_was_made_from_something_else_is_not_written_over(tmp_path, made, capsys):
+    """Another seed, another sound under the same name: refused with what differs; --restart makes those again and only those."""
+    sounds(tmp_path, "a.wav", "b.wav", "c.wav")
+    jobs = [{"audio": "a.wav"}, {"audio": "b.wav"}, {"audio": "c.wav"}]
+    assert sample.cli(write_jobs(tmp_path / "jobs", jobs)) == 0
+    shutil.copy(tmp_path / "c.wav", tmp_path / "b.wav")
+    command = write_jobs(tmp_path / "jobs", [{"audio": "a.wav", "seed": 7}, *jobs[1:]])
+    capsys.readouterr()
+    assert sample.cli(command) == 2 and len(made) == 3
+    first, second = capsys.readouterr().err.splitlines()
+    assert "seed 42, now 7" in first and "another audio" in second and "--restart" in first
+    for _ in range(2):
+        assert sample.cli([*command, "--restart"]) == 0 and made[3:] == ["a.mp4", "b.mp4"]
+    assert sample.cli(command) == 0 and len(made) == 5
+
+
+def test_jobs_of_a_checkpoint_are_made_together(tmp_path, made, monkeypatch):
+    """And the networks of the one leave before the other's come."""
+    sounds(tmp_path, *(f"{n}.wav" for n in range(4)))
+    (tmp_path / "other").symlink_to(HERE / "weights" / "tiny")
+    kept, make_video = {}, sample.make_video
+
+    def watch(pipeline, args):
+        kept[id(pipeline)] = pipeline.networks.kept
+        assert all(networks is pipeline.networks.kept or not networks for networks in kept.values())
+        pipeline.networks.kept["text"] = None
+        make_video(pipeline, args)
+    monkeypatch.setattr(sample, "make_video", watch)
+    jobs = [{"audio": f"{n}.wav"} | ({"ckpt": "other"} if n % 2 else {}) for n in range(4)]
+    assert sample.cli(write_jobs(tmp_path / "jobs", jobs)) == 0
+    assert made == ["0.mp4", "2.mp4", "1.mp4", "3.mp4"] and len(kept) == 2
+
+
+def test_networks_of_a_batch_are_loaded_once(tmp_path, monkeypatch):
+    loaded, load = [], Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", lambda self, name, *how: loaded.append(name) or load(self, name, *how))
+    sounds(tmp_path, "a.wav", "b.wav")
+    assert sample.cli(write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}, {"audio": "b.wav"}])) == 0
+    assert sorted(loaded) == ["audio", "denoiser_high", "text", "vae"]          # one step: one expert
+
+
+# ------------------------------------------------------------------------------------------------------------- from Python
+
+def test_batch_from_python(tmp_path):
+    """Per job its file or its error; a name is free again if its job has failed."""
+    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    job = dict(audio_path=VOICE, image_path=FACE, height=64, width=64, num_inference_steps=1, clip_frames=16, clips=1, quiet=True)
+    one, two = str(tmp_path / "one.mp4"), str(tmp_path / "two.mp4")
+    results = pipeline.batch([job | dict(out=one), job | dict(out=two, audio_path="no.wav"), job | dict(out=f"{tmp_path}/./one.mp4"), job,
+                              job | dict(out=two, sede=3), job | dict(out=two)])
+    assert results[0] == one and [type(result) for result in results[1:5]] == [ValueError, ValueError, ValueError, TypeError]
+    assert "no.wav" in str(results[1]) and "an out of its own" in str(results[2]) and "did you mean seed" in str(results[4])
+    assert all(result.__traceback__ is None for result in results[1:5]) and probe(one).frames == 13 and os.path.isfile(results[5])
