@@ -170,7 +170,7 @@ class Plan:
             if heard > shown + 1e-3:
                 cut = f": the last {heard - shown:.2f} s of the sound are left out"
             elif shown - heard >= 1 / FPS:
-                cut = f", of which the video takes {heard:.2f} s and ends with the sound"
+                cut = f"; the mp4 ends with the sound, after {heard:.2f} s"
             elif self.held:
                 cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
         tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")

@@ -1,14 +1,17 @@
-"""Where a checkpoint is: a folder, one that comes along, or one on the hub."""
+"""Where a checkpoint is: a folder, one that comes along, or one in the cache of huggingface_hub. Nothing is downloaded."""
+import re
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parents[1] / "weights"      # the tiny checkpoints: of a checkout, or as `pip install .` copies them
+PUBLISHED = {"Wan2.2-S2V-14B": 46, "Wan2.2-T2V-A14B": 126, "Wan2.2-I2V-A14B": 126, "Wan2.2-TI2V-5B": 34}     # by Wan-AI, GB on disk (docs/formats.md)
 
 
 def local_folder(path=None):
     """The folder of a checkpoint on this machine.
 
-    path  a folder; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
-          on first use; or a hub id, which huggingface_hub fetches if it is installed
+    path    a folder; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
+            on first use; or a hub id such as Wan-AI/Wan2.2-S2V-14B, if huggingface_hub is installed and has it in its cache
+    raises  ValueError with the command that gets it
     """
     folder = WEIGHTS / "tiny" if path is None else Path(path)
     if not folder.exists() and folder.parent == Path("weights"):
@@ -16,12 +19,24 @@ def local_folder(path=None):
     if not folder.exists() and folder.parent.resolve() == WEIGHTS.resolve():
         from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
         ensure_tiny(folder)
-    if folder.is_dir():
-        return folder
+    return folder if folder.is_dir() else cached(str(path)) or refuse(folder, str(path))
+
+
+def cached(name):
+    """The folder of a hub id in the cache of huggingface_hub, or None."""
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(str(path)))
-    except ImportError:
-        raise ValueError(f"no checkpoint folder {path}: give a folder, or install huggingface_hub to use a hub id") from None
-    except Exception as error:                                       # of that package: network, login, unknown id
-        raise ValueError(f"no checkpoint folder {path}, and the hub did not give it ({type(error).__name__}): give a local folder") from None
+        return Path(snapshot_download(name, local_files_only=True))
+    except (ImportError, ValueError, OSError):                       # not installed; no hub id; not in the cache (its errors are of these kinds)
+        return None
+
+
+def refuse(folder, name):
+    if folder.is_file():
+        raise ValueError(f"{name} is a file, wanted the folder of a checkpoint: `python convert_weights.py` puts single files into one")
+    known = folder.name in PUBLISHED
+    if known or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hub = f"Wan-AI/{folder.name}" if known else name
+        raise ValueError(f"no checkpoint folder {name}: get it by `hf download {hub} --local-dir {folder.name}`"
+                         f"{f', {PUBLISHED[folder.name]} GB,' if known else ''} (`pip install huggingface_hub` brings hf), then --ckpt {folder.name}")
+    raise ValueError(f"no checkpoint folder {name}: give a folder, or one of {', '.join(f'Wan-AI/{name}' for name in PUBLISHED)}")

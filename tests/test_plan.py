@@ -188,7 +188,7 @@ GIVEN = dict(audio=str(SAMPLES / "voice.flac"), image=str(SAMPLES / "face.png"))
 
 
 @pytest.mark.parametrize("task, options, made", [
-    ("s2v-14B", GIVEN | dict(clips=1), (128, 128, 80, 16)),
+    ("s2v-14B", GIVEN | dict(clips=1), (128, 128, 77, 16)),
     ("t2v-A14B", dict(prompt="a"), (720, 1280, 81, 16)), ("i2v-A14B", dict(image=GIVEN["image"]), (960, 960, 81, 16)),
     ("ti2v-5B", dict(prompt="a"), (704, 1280, 121, 24))])
 def test_defaults_of_the_family(task, options, made):
@@ -214,6 +214,15 @@ def test_nothing_heard_is_lost_at_the_end(tmp_path, seconds, clip_frames, made, 
     if ours.held:
         assert f"the last {seconds - official / 16:.2f} s of the sound are left out" in str(theirs)
         assert plan(released("s2v-14B"), **options, frames=official).frames == official
+
+
+@pytest.mark.parametrize("seconds, said", [
+    (3, "1 clip of 80 frames -> 77 frames at 16 fps = 4.81 s; the mp4 ends with the sound, after 3.00 s"),
+    (5, "-> 80 frames at 16 fps = 5.00 s, the last frame held for 0.19 s until the sound ends (the mouth has finished: it leads by 0.19 s)"),
+    (6, "1 clip of 80 frames -> 77 frames at 16 fps = 4.81 s: the last 1.19 s of the sound are left out")])
+def test_the_plan_says_which_of_sound_and_picture_is_longer(tmp_path, seconds, said):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 16000 * seconds), 16000)
+    assert said in str(plan(released("s2v-14B"), **GIVEN | dict(audio=str(tmp_path / "a.wav"), clips=1)))
 
 
 @pytest.mark.parametrize("size, side, large", [((256, 256), 128, 256), ((1280, 720), 512, 960), ((500, 300), 128, 384), ((160, 160), 128, None)])

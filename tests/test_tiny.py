@@ -34,6 +34,14 @@ def test_is_small():
     assert checkpoint.experts == ["denoiser_high", "denoiser_low"] and checkpoint.boundary and "drawn faces" in checkpoint.note
 
 
+def test_the_first_video_speaks_at_once(tmp_path):
+    """The committed voice begins within 0.1 s, and the mouth of the committed face is open in the fifth frame."""
+    wav = load_audio(VOICE)
+    loud = (wav.abs() > 0.05 * wav.abs().max()).nonzero()[0].item() / 16000
+    _, seen, _ = make(tmp_path / "a.mp4", "--audio", VOICE, "--duration", "1", "--clip-frames", "20", "--steps", 4)
+    assert 0.05 < loud < 0.15 and seen[:5].max() > 0.5, (loud, seen[:5])
+
+
 def test_lips_follow_the_sound(tmp_path, capsys):
     frames, seen, wanted = make(tmp_path / "a.mp4", "--audio", VOICE, "--duration", 2.2, "--clip-frames", 36, "--steps", 4)
     lag, best, now = metrics.sync(seen, wanted)
