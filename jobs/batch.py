@@ -231,7 +231,8 @@ def make_all(jobs, program, summary):
         for other in pipelines:
             if other is not job.pipeline:
                 other.networks.kept.clear()                          # leaves the memory to this one's
-        cap_memory(job.pipeline.device, job.args.vram or 1e9)
+        if job.pipeline.device.type == "cuda":
+            cap_memory(job.pipeline.device, job.args.vram or 1e9)    # 1e9: what another job's --vram has set no longer holds
         left = summary.rate * sum(later.work for later in todo[n:])
         print(f"\njob {job.number}/{len(jobs)}  {job.name} -> {job.out}, about {tqdm.format_interval(left)} left for all", flush=True)
         summary.begin(job)

@@ -13,6 +13,8 @@ def explain(error, args):
     if isinstance(error, torch.OutOfMemoryError):
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         return f"the device is out of memory{f' for {wanted[1]} more' if wanted else ''}: choose a smaller --size or fewer --clip-frames"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):    # Python's, PyTorch's
+        return "the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):      # of Python, of PyTorch on the host
