@@ -134,7 +134,7 @@ def check(shape, roles):
         diff, = roles.values()
         if math.prod(diff.shape) != math.prod(shape) or diff.shape[:1] != shape[:1]:
             raise ValueError(f"the difference has shape {diff.shape}, wanted {shape}")
-        return check_numbers(roles)
+        return
     if not {"down", "up"} <= roles.keys() <= {"down", "up", "alpha"}:
         raise ValueError(f"wanted down and up or one difference, got {', '.join(sorted(roles))}")
     down, up = roles["down"], roles["up"]                            # (rank, in, ...), (out, rank, ...)
@@ -142,23 +142,16 @@ def check(shape, roles):
         raise ValueError(f"up {up.shape} @ down {down.shape} does not make {shape}")
     if not down.shape[0] or math.prod(roles["alpha"].shape if "alpha" in roles else ()) != 1:
         raise ValueError(f"wanted a rank of 1 or more and one number as alpha, got down {down.shape} and alpha {roles.get('alpha', down).shape}")
-    check_numbers(roles)
-
-
-def check_numbers(roles):
-    """ValueError for a NaN or an infinity: it would spread over every pixel of a video without a word."""
-    for role, entry in roles.items():
-        if not entry.read().float().isfinite().all():
-            raise ValueError(f"{role} in {entry.file} has numbers that are NaN or infinite: the training went wrong, take an earlier file")
 
 
 def change(shape, strength, roles):
-    """{role: Entry} of one parameter, which `check` let through -> function () -> the difference, float32"""
+    """{role: Entry} of one parameter, which `check` let through -> function () -> the difference, float32; ValueError for a NaN in it"""
     def difference():
         first, *down = (roles[role].read().float() for role in (("up", "down") if "down" in roles else roles))
         x = (strength * (first.flatten(1) @ down[0].flatten(1) if down else first)).view(shape)
         if not x.isfinite().all():
-            raise ValueError(f"{next(iter(roles.values())).file}: numbers too large for a LoRA: the training went wrong, take an earlier file")
+            file = next(iter(roles.values())).file
+            raise ValueError(f"{file} makes numbers that are NaN or infinite: the training went wrong, take an earlier file")
         return x
     return difference
 

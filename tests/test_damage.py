@@ -18,16 +18,17 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
+import convert_weights
 import sample
 from fast.plan import RunConfig
-from formats import foreign, lora, tokenizer_file
+from formats import foreign, gguf_file, lora, tokenizer_file
 from formats.checkpoints import open_checkpoint, open_safetensors, read_json
 from media.ffmpeg import run
 from media.frames import load_pose
 from media.given import check_length
 from media.sound import announced
 from media.terminal import Printed, shown
-from test_convert import small
+from test_published import denoiser_kind, write_gguf
 from wan_s2v import open_writer
 
 HERE = Path(__file__).parents[1]
@@ -113,6 +114,17 @@ def test_safetensors_headers_are_small(tmp_path):
     refused(lambda: open_safetensors(tmp_path / "a.safetensors"), "has a header of 64 MiB, wanted at most 16")
 
 
+def test_lists_in_gguf_end_with_their_file(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    file, key = tmp_path / "a.gguf", b"orig_shape.a.weight"
+    write_gguf(file, "wan", {"a.weight": torch.randn(64, 64)}, denoiser_kind, reshape=("a.weight",))
+    data = bytearray(file.read_bytes())
+    at = data.index(key) + len(key) + 4                              # behind it the kind of its values, and how many there are
+    data[at:at + 12] = bytes(4) + (2**60).to_bytes(8, "little")
+    file.write_bytes(data)
+    refused(lambda: gguf_file.open_gguf(file), "a.gguf is not a whole GGUF file (it ends early)")
+
+
 def test_large_pose_frames_are_not_decoded(tmp_path):
     run("-f", "lavfi", "-i", "color=size=5000x5000", "-frames:v", "1", "-c:v", "libx264", "-preset", "ultrafast", tmp_path / "pose.mp4")
     assert (tmp_path / "pose.mp4").stat().st_size < 2**17
@@ -190,8 +202,8 @@ def test_the_smallest_charsmap_is_one():
 
 # ---- LoRA ----
 
-def test_lora_of_numbers_that_are_none(tmp_path):
-    config, key = small("s2v-14B")["denoiser"], "diffusion_model.blocks.0.ffn.0."
+def test_lora_of_numbers_that_are_none(tmp_path, capsys):
+    config, key = open_checkpoint(TINY).configs["denoiser"], "diffusion_model.blocks.0.ffn.0."
     down, up = torch.randn(2, config.dim), torch.randn(config.ffn_dim, 2)
 
     def read(metadata=None, **tensors):
@@ -203,14 +215,16 @@ def test_lora_of_numbers_that_are_none(tmp_path):
     spoilt = down.clone()
     spoilt[1, 3] = float("nan")
     for tensors, said in (
-            ({"lora_down.weight": spoilt}, "down in", ), ({"lora_up.weight": up / 0}, "up in"),
+            ({"lora_down.weight": spoilt}, "NaN or infinite"), ({"lora_up.weight": up / 0}, "NaN or infinite"),
             ({"lora_down.weight": down[:0], "lora_up.weight": up[:, :0]}, "rank of 1"),
-            ({"alpha": torch.ones(2)}, "one number as alpha"), ({"alpha": torch.tensor(float("inf"))}, "alpha in"),
+            ({"alpha": torch.ones(2)}, "one number as alpha"), ({"alpha": torch.tensor(float("inf"))}, "a number as alpha"),
             ({"lora_down.weight": torch.tensor(1.0)}, "does not make"),
             ({"lora_down.weight": torch.tensor(1.0), "lora_up.weight": torch.tensor(1.0)}, "does not make"),
-            ({"lora_down.weight": down * 1e30, "lora_up.weight": up * 1e30}, "too large for a LoRA"),
-            ({"lora_down.weight": None, "lora_up.weight": None, "diff_b": torch.full((config.ffn_dim,), float("nan"))}, "bias in")):
+            ({"lora_down.weight": down * 1e30, "lora_up.weight": up * 1e30}, "NaN or infinite"),
+            ({"lora_down.weight": None, "lora_up.weight": None, "diff_b": torch.full((config.ffn_dim,), float("nan"))}, "NaN or infinite")):
         refused(lambda: read(**tensors), "a.safetensors", said)
+    assert convert_weights.main([str(TINY), str(tmp_path / "new"), "--lora", f"low={tmp_path / 'a.safetensors'}"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"] and capsys.readouterr().err.count("\n") == 1
     for metadata, said in (({"lora_alpha": "nan"}, "wanted a number as alpha, got 'nan'"), ({"lora_alpha": "1e308"}, "wanted a number as alpha"),
                            ({"lora_adapter_metadata": '{"lora_alpha": 2, "alpha_pattern": {"(a+)+": 1}}'}, "ends of layer names in alpha_pattern"),
                            ({"lora_adapter_metadata": '{"lora_alpha": 2, "alpha_pattern": {"(a": 1}}'}, "ends of layer names in alpha_pattern")):

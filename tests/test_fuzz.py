@@ -1,9 +1,10 @@
 """Damaged and made-up files for every parser: each is read rightly or refused with one line, writes nothing, ends, and stays small.
 
-A parser more is one line in PARSERS: the file to damage, what reads it, and how many damaged ones. Numbers are drawn with fixed seeds.
+A parser more is one line in `files`, a good file, and one in PARSERS: what reads it, and how many damaged ones. The seeds are fixed.
     python -m pytest tests/test_fuzz.py
 """
 import copy
+import importlib.util
 import json
 import random
 import resource
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 import convert_weights
 import sample
 from fast.plan import RunConfig
-from formats import checkpoints, foreign, lora
+from formats import checkpoints, foreign, gguf_file, lora
 from formats.checkpoints import open_checkpoint
 from media.ffmpeg import run
 from media.frames import load_pose
@@ -30,6 +31,7 @@ from media.pictures import fit_picture, load_image
 from media.sound import load_audio
 from media.terminal import shown
 from test_convert import small
+from test_published import denoiser_kind, write_gguf
 from text import Tokenizer
 from tiny import random_weights as fake
 
@@ -64,10 +66,12 @@ def files(tmp_path_factory):
     pair = {f"diffusion_model.blocks.{i}.ffn.0.lora_{side}.weight": torch.randn(*shape)
             for i in range(2) for side, shape in (("down", (2, config.dim)), ("up", (config.ffn_dim, 2)))}
     save_file(pair | {"diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(2.0)}, root / "lora.safetensors", metadata={"lora_alpha": "2"})
+    if importlib.util.find_spec("gguf"):
+        write_gguf(root / "tensors.gguf", "wan", {"a.weight": torch.randn(64, 64), "b.bias": torch.randn(64)}, denoiser_kind, reshape=("a.weight",))
     index = next(official.glob("high*/*.index.json"))
     return {"config": ours / "config.json", "tensors": ours / "text.safetensors", "tokenizer": ours / "tokenizer.json", "index": index,
             "official config": index.with_name("config.json"), "t5": next(official.glob("*.pth")), "pth": root / "tensors.pth",
-            "lora": root / "lora.safetensors", "pose": root / "pose.mp4",
+            "lora": root / "lora.safetensors", "pose": root / "pose.mp4", "gguf": root / "tensors.gguf",
             **{path.suffix: path for path in root.iterdir() if path.stem in ("sound", "picture")}}
 
 
@@ -94,6 +98,8 @@ PARSERS = {         # file to damage: what reads it, how many
     "tokenizer": (lambda path: Tokenizer(path)("a person with red hair"), 80),
     "lora": (read_lora, 50),
 }
+if importlib.util.find_spec("gguf"):                                 # the optional package that reads these
+    PARSERS["gguf"] = (lambda path: [entry.read() for entry in gguf_file.open_gguf(path).values()], 80)
 
 
 # ---- how ----
