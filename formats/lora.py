@@ -140,13 +140,20 @@ def check(shape, roles):
     down, up = roles["down"], roles["up"]                            # (rank, in, ...), (out, rank, ...)
     if up.shape[:2] != (shape[0], *down.shape[:1]) or math.prod(up.shape[2:]) != 1 or math.prod(down.shape[1:]) != math.prod(shape[1:]):
         raise ValueError(f"up {up.shape} @ down {down.shape} does not make {shape}")
+    if not down.shape[0] or math.prod(roles["alpha"].shape if "alpha" in roles else ()) != 1:
+        raise ValueError(f"wanted a rank of 1 or more and one number as alpha, got down {down.shape} and alpha {roles.get('alpha', down).shape}")
 
 
 def change(shape, strength, roles):
-    """{role: Entry} of one parameter, which `check` let through -> function () -> the difference, float32"""
-    if "down" not in roles:
-        return lambda: (strength * next(iter(roles.values())).read().float()).view(shape)
-    return lambda: (strength * (roles["up"].read().float().flatten(1) @ roles["down"].read().float().flatten(1))).view(shape)
+    """{role: Entry} of one parameter, which `check` let through -> function () -> the difference, float32; ValueError for a NaN in it"""
+    def difference():
+        first, *down = (roles[role].read().float() for role in (("up", "down") if "down" in roles else roles))
+        x = (strength * (first.flatten(1) @ down[0].flatten(1) if down else first)).view(shape)
+        if not x.isfinite().all():
+            file = next(iter(roles.values())).file
+            raise ValueError(f"{file} makes numbers that are NaN or infinite: the training went wrong, take an earlier file")
+        return x
+    return difference
 
 
 # ----------------------------------------------------------------------------------------------------------------------- strength
@@ -184,6 +191,13 @@ def is_live_avatar(found, config):
         roles.keys() == {"down", "up"} and roles["down"].shape[0] == 128 for roles in found.values())
 
 
+def compiles(pattern):
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return None
+
+
 class Strengths:
     """Where a file keeps the strength of its layers: in tensors, in its header, in adapter_config.json, or nowhere."""
 
@@ -191,7 +205,10 @@ class Strengths:
         self.fields, self.place = header_fields(path)
         self.alpha = next((self.fields[name] for name in ALPHA_FIELDS if self.fields.get(name) not in (None, "None", "")), None)
         patterns = self.fields.get("alpha_pattern")
-        self.patterns = patterns if isinstance(patterns, dict) else {}   # PEFT: {ends of layer names: alpha}
+        self.patterns = patterns if isinstance(patterns, dict) else {}   # PEFT: {ends of layer names, as regular expressions: alpha}
+        for end in self.patterns:                                        # repetitions of repetitions take for ever
+            if len(end) > 200 or len(re.findall(r"[*+{]", end)) > 3 or re.search(r"\)[*+?{]", end) or not compiles(end):
+                raise ValueError(f"{path}: wanted ends of layer names in alpha_pattern, got {end[:60]!r} {self.place}")
         self.stabilised = self.fields.get("use_rslora") in (True, "True", "true")
         if self.alpha is None and is_live_avatar(found, config):
             self.alpha, self.place = LIVE_AVATAR, "as LiveAvatar's program has it, whose LoRA this is by its 896 tensors"
@@ -207,10 +224,13 @@ class Strengths:
             alpha, place, root = roles["alpha"].read().float().item(), "from its tensors", "rank"
         elif alpha is None:
             return 1.0, None
+        named = alpha
         try:
             alpha = float(alpha)
-        except (TypeError, ValueError):
-            raise ValueError(f"wanted a number as alpha, got {alpha!r} {place}") from None
+        except (TypeError, ValueError, OverflowError):
+            alpha = math.nan
+        if not abs(alpha) < 1e6:
+            raise ValueError(f"wanted a number as alpha, got {named!r} {place}")
         return alpha / (rank if root == "rank" else math.sqrt(rank)), f"alpha {alpha:g} / {root.replace('rank', f'rank {rank}')}, {place}"
 
 
