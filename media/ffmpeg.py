@@ -12,6 +12,7 @@ from fractions import Fraction
 
 import imageio_ffmpeg
 
+MAX_PIXELS = 2**24    # of a frame that ffmpeg decodes, 4096x4096: it holds up to 20 of them, and one takes 36 bytes a pixel while it is scaled here
 REMEDY = "pip install imageio-ffmpeg; without it sound must be wav, flac, ogg or mp3 and the output PNG frames, with a path that ends in /"
 # The clock of every sound: the timestamps of its packets, from the first on. Missing packets leave silence; where timestamps go back, as where
 # two files were joined, what follows is put behind what came before. Less than 20 ms is rounding.
@@ -39,9 +40,9 @@ def ffmpeg_command(*args):
     return [program, "-nostdin", *args]
 
 
-def source(path):
-    """Input arguments for a local file, whatever its name holds; playlists cannot reach the network."""
-    return ["-protocol_whitelist", "file,pipe", "-i", "file:" + os.path.abspath(path)]
+def source(path, kind="a"):
+    """Input arguments for a local file, whatever its name holds; playlists cannot reach the network.  kind "V": no larger frames are decoded"""
+    return [*["-max_pixels", str(MAX_PIXELS)] * (kind == "V"), "-protocol_whitelist", "file,pipe", "-i", "file:" + os.path.abspath(path)]
 
 
 def run(*args):
@@ -75,7 +76,7 @@ def streams(path):
 
 def framecrc(path, *options, kind="V"):
     """What the framecrc muxer says of the first picture ("V") or sound ("a") -> seconds per tick (Fraction), a list of (dts, pts, duration) in ticks."""
-    report = run(*source(path), "-map", f"0:{kind}:0", *options, "-f", "framecrc", "-")
+    report = run(*source(path, kind), "-map", f"0:{kind}:0", *options, "-f", "framecrc", "-")
     tick = re.search(r"^#tb 0: (\S+)", report, re.MULTILINE)
     packets = [line.split(",")[1:4] for line in report.splitlines() if line[0] != "#"]         # stream, dts, pts, duration, size, checksum
     return Fraction(tick[1] if tick else 1), [tuple(map(int, packet)) for packet in packets]
@@ -145,6 +146,6 @@ def clock(path):
 def decoded(path, kind, field, times=None):
     """Decode the first picture ("V") or sound ("a") to nowhere -> the last value of one field of ffmpeg's -progress report."""
     how = ["-fps_mode", "passthrough"] if kind == "V" else ["-af", times or clock(path)]
-    report = run(*source(path), "-map", f"0:{kind}:0", *how, "-f", "null", "-progress", "pipe:1", "-nostats", "-")
+    report = run(*source(path, kind), "-map", f"0:{kind}:0", *how, "-f", "null", "-progress", "pipe:1", "-nostats", "-")
     values = re.findall(rf"^{field}=(\d+)", report, re.MULTILINE)
     return int(values[-1]) if values else 0

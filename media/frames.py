@@ -5,12 +5,33 @@ Source  Wan-Video/Wan2.2@42bf4cf wan/speech2video.py (L297-376)
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from media.ffmpeg import decoded, ffmpeg_command, framecrc, probe, source
+from media.ffmpeg import MAX_PIXELS, FFmpegError, decoded, ffmpeg_command, framecrc, probe, source
 from media.pictures import fit_frame
+
+
+@contextmanager
+def as_pose(path):
+    """An error of ffmpeg becomes a ValueError that names the file."""
+    try:
+        yield
+    except FFmpegError as error:
+        raise ValueError(f"{path} cannot be read as a pose video ({error}): convert it to mp4") from None
+
+
+def open_pose(path):
+    """What a pose video holds -> Media.  raises ValueError (one line) for what is none, or whose frames would fill memory"""
+    with as_pose(path):
+        info = probe(path, count=False)
+    if info.video_codec is None:
+        raise ValueError(f"{path} holds no picture: wanted a pose video")
+    if info.width * info.height > MAX_PIXELS:
+        raise ValueError(f"{path} has frames of {info.width}x{info.height}, wanted at most 4096x4096 or as many pixels: scale it down")
+    return info
 
 
 def pose_step(video_fps, fps=16):
@@ -38,13 +59,9 @@ def load_pose(path, frames, size, fps=16, first=0, official=False):
     returns   (3, frames, H, W) float32 in [-1, 1]; where the pose video has ended the rest is -1 (black: no pose), with a warning
     raises    ValueError (one line) if the file is missing or not a video
     """
-    info = probe(path, count=False)
-    if info.video_codec is None:
-        raise ValueError(f"{path} holds no picture: wanted a pose video")
-    if official:
-        numbers = np.arange(0, decoded(path, "V", "frame"), pose_step(info.fps, fps))
-    else:
-        numbers = nearest_frames(path, fps)
+    info = open_pose(path)
+    with as_pose(path):
+        numbers = np.arange(0, decoded(path, "V", "frame"), pose_step(info.fps, fps)) if official else nearest_frames(path, fps)
     if not len(numbers):
         raise ValueError(f"{path}: no video frame could be read")
     if max(0, first - 1) < len(numbers) < first + frames:      # said once, in the clip where it ends
@@ -62,7 +79,7 @@ def read_frames(path, first=0, count=None):
 
     One frame at a time comes through a pipe, so a long video is never in memory; as PPM, which tells its own size (after rotation).
     """
-    command = ffmpeg_command("-v", "error", *source(path), "-map", "0:V:0", "-vf", rf"select=gte(n\,{first})", "-fps_mode", "passthrough",
+    command = ffmpeg_command("-v", "error", *source(path, "V"), "-map", "0:V:0", "-vf", rf"select=gte(n\,{first})", "-fps_mode", "passthrough",
                              *([] if count is None else ["-frames:v", str(count)]),
                              "-c:v", "ppm", "-pix_fmt", "rgb24", "-f", "image2pipe", "-")
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as ffmpeg:
