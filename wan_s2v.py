@@ -229,7 +229,7 @@ class WanS2VPipeline:
         inputs, files = as_files(given | options)
         plan = self.plan(prompt=prompt, negative_prompt=negative_prompt, **inputs)
         if not quiet:
-            any_terminal()
+            any_terminal(ours=False)
             print(plan)
         progress = () if quiet else (Progress(plan.clips, self.device, begin),)
         video = Video(torch.cat(list(self.generate(plan, Stages(self.device), *progress)), dim=1), plan, files)

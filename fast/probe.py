@@ -52,8 +52,11 @@ def cap_memory(device, vram):
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram * USABLE * GIB / total), device)
 
 
-def any_terminal():
-    """From now on letters that the terminal does not have are printed as \\u escapes, and are no error."""
+def any_terminal(ours=True):
+    """From now on whatever is printed does no harm (media/terminal.py).  ours=False: in someone else's program, letters that it lacks alone"""
+    if ours:
+        from media.terminal import take_over                         # here: who only computes does not need it
+        return take_over()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                           # not where something else stands in their place
             stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,58 @@
+"""What a program prints: nothing in it commands the terminal, whatever a file's name holds, and the work does not depend on its being read."""
+import os
+import re
+import sys
+from contextlib import suppress
+
+# Control characters, and those that turn the direction of text. A bar returns to the start of its line; the others are shown as \x1b and the like.
+UNSAFE = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+LONGEST = 2000               # letters of an error or warning, which is one line: names inside of files have any length
+
+
+def shown(text):
+    """A text as it is printed."""
+    begin = "\r" if text.startswith("\r") else ""
+    text = UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text[len(begin):])
+    if text.startswith(("error: ", "warning: ")):
+        text = text.replace("\n", "\\n").replace("\t", "\\t")
+        text = text if len(text) <= LONGEST else f"{text[:LONGEST - 500]} ... {text[-400:]}"
+    return begin + text
+
+
+class Printed:
+    """A standard stream whose reader may go away, as in `| head -1`, or whose disk may be full: what is printed from then on is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, shown(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call, *args):
+        try:
+            call(*args)
+        except (OSError, ValueError):                                # ValueError: it was closed
+            with suppress(OSError, ValueError):                      # what waits in its buffer goes nowhere, then and at the end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def take_over():
+    """Print through Printed, letters that the terminal does not have as escapes. A stream that was closed (`2>&-`) leads nowhere."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:                                              # else the next file opened got its number, and all that ffmpeg says
+            os.open(os.devnull, os.O_RDWR)
+        stream = getattr(sys, name) or open(os.devnull, "r" if number == 0 else "w")
+        if number and not isinstance(stream, Printed):
+            if hasattr(stream, "reconfigure"):                       # not where something else stands in its place
+                stream.reconfigure(errors="backslashreplace")
+            stream = Printed(stream)
+        setattr(sys, name, stream)
