@@ -109,6 +109,8 @@ class Video:
 def open_writer(path, plan, av_offset=0):
     """A VideoWriter for what a plan will make, with the sound if there is any."""
     o = plan.config
+    if o.audio and abs(av_offset) >= plan.frames:
+        raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
     return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
 
 

@@ -73,6 +73,9 @@ class RunConfig:
         defaults |= {"clip_frames" if s2v else "frames": s["frames"], "dtype": torch.bfloat16 if gpu else torch.float32,
                      "vae_dtype": torch.float16 if gpu else torch.float32}
         o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        if not gpu:
+            from media.given import on_cpu                           # here, as below: importing `sample` does not need it
+            o = on_cpu(o)
         whole = {name: whole_number(name, getattr(o, name)) for name in ("steps", "seed", "frames", "clips", "clip_frames", "resident")}
         o = replace(o, **whole, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
         for name, ok, want in (
@@ -84,8 +87,8 @@ class RunConfig:
                 ("size", len(o.size) == 2 and min(o.size) >= 1, "two positive numbers, width and height"),
                 ("frames", o.frames is None or o.frames >= 1, "1 or more"),
                 ("clips", o.clips is None or o.clips >= 1, "1 or more"),
-                ("start", o.start >= 0, "0 or more seconds"),
-                ("duration", o.duration is None or o.duration > 0, "more than 0 seconds"),
+                ("start", 0 <= o.start < 1e9, "0 or more seconds, below 10^9"),
+                ("duration", o.duration is None or 0 < o.duration < 1e9, "more than 0 seconds, below 10^9"),
                 ("clip_frames", o.clip_frames is None or (o.clip_frames % 4 == 0 and 4 <= o.clip_frames <= MAX_CLIP_FRAMES),
                  f"a multiple of 4 (a latent frame is 4 frames) up to {MAX_CLIP_FRAMES} (more would meet the reference picture's position)")):
             if not ok:
@@ -207,6 +210,7 @@ def make_plan(config, checkpoint, free):
     """
     config, cfg, vae = config.resolve(checkpoint), checkpoint.configs["denoiser"], checkpoint.configs["vae"]
     kind = checkpoint.task.split("-")[0]
+    from media.given import check_inputs
     check_inputs(config, checkpoint.task, kind, vae.stride[0])
     height, width, notes = frame_size(config, kind, vae.stride[1])
     H, W = height // vae.stride[1], width // vae.stride[2]
@@ -226,28 +230,6 @@ def make_plan(config, checkpoint, free):
         gain = forwards * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
         config = replace(config, compile=config.device.type == "cuda" and gain > COMPILE_SECONDS)
     return Plan(config, latent_shape=shape, memory=plan_memory(config, checkpoint, shape, tokens[-1], free), **fields)
-
-
-def check_inputs(o, task, kind, stride):
-    """raises ValueError for what the task needs and was not given, or was given and cannot use"""
-    if kind == "s2v":
-        for name in ("audio", "image"):
-            if getattr(o, name) is None:
-                raise ValueError(f"{task} needs an {name}: give a file")
-        if o.pose_video:
-            from media.frames import open_pose                       # here: importing `sample` does not need it
-            open_pose(o.pose_video)
-        return
-    if o.audio or o.pose_video:
-        raise ValueError(f"{task} makes silent video: leave out the audio and the pose video, or use an S2V checkpoint")
-    if kind == "t2v" and o.image:
-        raise ValueError(f"{task} takes a prompt and no picture, got {o.image}: leave it out, or use an I2V or TI2V checkpoint")
-    if kind == "i2v" and not o.image:
-        raise ValueError(f"{task} needs a picture: give one")
-    if kind != "i2v" and not o.prompt.strip():
-        raise ValueError(f"{task} needs a prompt: say what is to be seen")
-    if o.frames % stride != 1:
-        raise ValueError(f"frames must be 1 + a multiple of {stride}, got {o.frames}: take {o.frames - (o.frames - 1) % stride}")
 
 
 def frame_size(o, kind, stride):
@@ -277,6 +259,8 @@ def count_clips(o, states, seconds):
     A sound of exactly 5 s fills one clip, of which 77 frames are shown. The official video ends there and loses 0.19 s of the sound; here the
     last frame is held, unless the user asked for fewer clips or frames, or for the official way.
     """
+    from media.given import check_length
+    check_length(o, seconds)                                         # of a file that announced none, or less
     _, needed = audio_frame_indices(int(states / 50 * 30), FPS, o.clip_frames)
     clips = min(o.clips or needed, needed)
     if o.frames:

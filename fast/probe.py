@@ -50,16 +50,14 @@ def cap_memory(device, vram):
         device = cuda_index(device)
         total = torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram * USABLE * GIB / total), device)
+    elif vram is not None:
+        print("warning: vram does nothing on a CPU: it is the memory of a GPU", file=sys.stderr)
 
 
 def any_terminal(ours=True):
-    """From now on whatever is printed does no harm (media/terminal.py).  ours=False: in someone else's program, letters that it lacks alone"""
-    if ours:
-        from media.terminal import take_over                         # here: who only computes does not need it
-        return take_over()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                           # not where something else stands in their place
-            stream.reconfigure(errors="backslashreplace")
+    """From now on whatever is printed does no harm.  ours=False: in someone else's program; both in media/terminal.py"""
+    from media.terminal import any_letters, take_over                # here: who only computes does not need it
+    (take_over if ours else any_letters)()
 
 
 def synchronize(device):

@@ -1,9 +1,9 @@
-"""What a program gives: names that are checked; pictures and sounds in memory, as the files that everything else reads."""
+"""What is given: names, inputs and lengths that are checked; pictures and sounds in memory, as the files that everything else reads."""
 import os
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from fast.plan import RunConfig
+from media.sound import announced, check_source
 
+LONGEST = 12 * 3600  # seconds of sound that become a video without more ado
 SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}      # nothing is lost
 
 
@@ -24,6 +26,49 @@ def check_names(options):
         if name not in names:
             near = get_close_matches(name, names, 1)
             raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
+
+
+def check_inputs(o, task, kind, stride):
+    """raises ValueError for what the task needs and was not given, or was given and cannot use"""
+    if kind == "s2v":
+        for name in ("audio", "image"):
+            if getattr(o, name) is None:
+                raise ValueError(f"{task} needs an {name}: give a file")
+        check_length(o)
+        if o.pose_video:
+            from media.frames import open_pose                       # here: who gives none does not need it
+            open_pose(o.pose_video)
+        return
+    if o.audio or o.pose_video:
+        raise ValueError(f"{task} makes silent video: leave out the audio and the pose video, or use an S2V checkpoint")
+    if kind == "t2v" and o.image:
+        raise ValueError(f"{task} takes a prompt and no picture, got {o.image}: leave it out, or use an I2V or TI2V checkpoint")
+    if kind == "i2v" and not o.image:
+        raise ValueError(f"{task} needs a picture: give one")
+    if kind != "i2v" and not o.prompt.strip():
+        raise ValueError(f"{task} needs a prompt: say what is to be seen")
+    if o.frames % stride != 1:
+        raise ValueError(f"frames must be 1 + a multiple of {stride}, got {o.frames}: take {o.frames - (o.frames - 1) % stride}")
+
+
+def on_cpu(o):
+    """A RunConfig as a CPU carries it out, saying what it leaves out."""
+    if o.vae_dtype != torch.float32:
+        print(f"warning: a CPU runs the VAE in float32, not in {str(o.vae_dtype).removeprefix('torch.')}: that is less exact and may be slow there",
+              file=sys.stderr)
+    if o.resident is not None:
+        print("warning: resident does nothing on a CPU: all blocks are in its memory", file=sys.stderr)
+    return replace(o, vae_dtype=torch.float32, resident=None)
+
+
+def check_length(o, seconds=None):
+    """ValueError for more sound than anyone waits for: 24 h of silence are 300 KB of flac.  o RunConfig; seconds to use, None: as announced"""
+    if seconds is None:
+        check_source(o.audio)
+        seconds = announced(o.audio)[0] - o.start
+    if seconds > LONGEST and not (o.duration or o.clips or o.frames):
+        raise ValueError(f"{o.audio} has {seconds / 3600:.1f} h of sound, wanted at most {LONGEST // 3600}: say how much with duration, clips or "
+                         "frames")
 
 
 def as_files(options):

@@ -43,16 +43,22 @@ class Printed:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+def any_letters():
+    """Letters that the terminal does not have are printed as escapes, and are no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                           # not where something else stands in their place
+            stream.reconfigure(errors="backslashreplace")
+
+
 def take_over():
-    """Print through Printed, letters that the terminal does not have as escapes. A stream that was closed (`2>&-`) leads nowhere."""
+    """Print through Printed. A stream that was closed (`2>&-`) leads nowhere."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:                                              # else the next file opened got its number, and all that ffmpeg says
             os.open(os.devnull, os.O_RDWR)
-        stream = getattr(sys, name) or open(os.devnull, "r" if number == 0 else "w")
-        if number and not isinstance(stream, Printed):
-            if hasattr(stream, "reconfigure"):                       # not where something else stands in its place
-                stream.reconfigure(errors="backslashreplace")
-            stream = Printed(stream)
-        setattr(sys, name, stream)
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if number == 0 else "w"))
+    any_letters()
+    for name in ("stdout", "stderr"):
+        if not isinstance(getattr(sys, name), Printed):
+            setattr(sys, name, Printed(getattr(sys, name)))
