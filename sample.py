@@ -205,7 +205,10 @@ def cli(argv=None):
               file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):                  # of Python, of PyTorch on the host
+            print("error: the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture", file=sys.stderr)
+            return 2
         if not isinstance(error, device_errors()):
             raise
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)

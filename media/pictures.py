@@ -72,6 +72,8 @@ def _as_value_error(path):
         raise ValueError(_unknown(path)) from None
     except Image.DecompressionBombError:
         raise ValueError(_too_many_pixels(path)) from None
+    except MemoryError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is a damaged or unsupported picture ({reason}): save it again as PNG or JPEG") from None
