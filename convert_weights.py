@@ -343,8 +343,8 @@ def main(argv=None):
             print(summary(checkpoint if args.target is None else open_checkpoint(args.target)))
         if errors:
             print(errors)
-    except (ValueError, OSError, RuntimeError) as error:             # RuntimeError: out of memory, a damaged file
-        print(str(error).splitlines()[0], file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:            # RuntimeError: out of memory, a damaged file
+        print(f"error: {next(iter(str(error).splitlines()), 'the memory of this machine is full')}", file=sys.stderr)
         return 2
     return 0
 

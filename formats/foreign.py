@@ -74,7 +74,8 @@ def open_tensors(paths):
 def read_index(path):
     """An index of shards -> the names of their files"""
     names = read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(file, str) and Path(file).name and "\0" not in file for file in names.values()):
+    if not isinstance(names, dict) or not names or not all(
+            isinstance(file, str) and Path(file).name not in ("", "..") and "\0" not in file for file in names.values()):
         raise ValueError(f"{path}: wanted weight_map, the name of a file for each tensor: download the index again")
     return names.values()
 
