@@ -5,6 +5,7 @@ The denoiser has its official names in them, perhaps behind model.diffusion_mode
 
 Source  the GGUF specification; ComfyUI's comfy.gguf.orig_shape.X, the shape of a tensor that was stored in rows of 256
 """
+import math
 from functools import partial
 
 import numpy as np
@@ -28,8 +29,15 @@ def open_gguf(path):
         import gguf
     except ModuleNotFoundError:
         raise ValueError(f"{path} is a GGUF file, which the package gguf reads: pip install gguf, or take the safetensors file") from None
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) < count:                                  # behind the end: a list of 2^60 nothings would be read
+                raise ValueError("it ends early")
+            return values
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         tensors = {tensor.name: (tensor, stored_shape(reader, tensor)) for tensor in reader.tensors}
     except (ValueError, LookupError, OSError, OverflowError) as error:
         raise ValueError(f"{path} is not a whole GGUF file ({error}): copy or download it again") from None
@@ -48,7 +56,10 @@ def open_gguf(path):
 def stored_shape(reader, tensor):
     """The shape of a tensor, which GGUF counts from the innermost axis and ComfyUI keeps apart where it had to store another."""
     field = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
-    return tuple(int(n) for n in (tensor.shape[::-1] if field is None else field.contents()))
+    shape = tuple(int(n) for n in (tensor.shape[::-1] if field is None else field.contents()))
+    if math.prod(shape) != math.prod(int(n) for n in tensor.shape):
+        raise ValueError(f"{tensor.name} has shape {shape} of another size than it")
+    return shape
 
 
 def read(dequantize, tensor, shape, rows=4096):
