@@ -12,7 +12,6 @@ from fractions import Fraction
 
 import imageio_ffmpeg
 
-MAX_PIXELS = 2**24    # of a frame that ffmpeg decodes, 4096x4096: it holds up to 20 of them, and one takes 36 bytes a pixel while it is scaled here
 REMEDY = "pip install imageio-ffmpeg; without it sound must be wav, flac, ogg or mp3 and the output PNG frames, with a path that ends in /"
 # The clock of every sound: the timestamps of its packets, from the first on. Missing packets leave silence; where timestamps go back, as where
 # two files were joined, what follows is put behind what came before. Less than 20 ms is rounding.
@@ -20,6 +19,7 @@ CLOCK = "asetpts='st(0,if(isnan(PREV_INPTS),-PTS,if(lt(PTS+ld(0),ld(1)-0.02/TB),
         "st(1,PTS+ld(0)+NB_SAMPLES/SR/TB);PTS+ld(0)',aresample=async=1:min_hard_comp=0.02:first_pts=0"
 COUNTED = "asetpts=N/SR/TB"                  # samples counted, nothing put in
 UNTIMED = ("1/14112000", "1/28224000")       # ticks of raw mp3 and aac: ffmpeg makes up their timestamps, and counts what is no sound as well
+MAX_PIXELS = 2**24    # of a frame that ffmpeg decodes, 4096x4096: it holds up to 20 of them, and one takes 36 bytes a pixel while it is scaled here
 
 
 class FFmpegError(OSError):

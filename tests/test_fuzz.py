@@ -1,6 +1,6 @@
 """Damaged and made-up files for every parser: each is read rightly or refused with one line, writes nothing, ends, and stays small.
 
-A parser more is one line in PARSERS: the file to damage, what reads it, and how many damaged ones. Numbers are drawn with fixed seeds.
+A parser more is one line in `files`, a good file, and one in PARSERS: what reads it, and how many damaged ones. The seeds are fixed.
     python -m pytest tests/test_fuzz.py
 """
 import copy
