@@ -10,6 +10,8 @@
 Tensors go from file to file one by one: a model of any size needs the memory of its largest few tensors. DST appears when it is complete.
 docs/formats.md lists the layouts.
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import dataclasses
 import json
@@ -339,6 +341,7 @@ def main(argv=None):
         errors = report(checkpoint, device) if args.report else None
         if args.target is not None:
             save(checkpoint, args.target, args.to, args.fp8, device)
+            print(f"wrote {args.target}")
         if args.target is None or args.to != "comfy":
             print(summary(checkpoint if args.target is None else open_checkpoint(args.target)))
         if errors:

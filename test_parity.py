@@ -10,6 +10,8 @@ A reference case is NAME.json (how weights and inputs are rebuilt from numpy's l
 NAME.safetensors (what the official code answered, float32 on a CPU). golden/SPEC.md describes the format; sizes, seeds, prefixes and
 weights are all read from the JSON.
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import dataclasses
 import json

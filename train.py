@@ -16,6 +16,8 @@ Resume         All randomness of step s comes from generators seeded by (seed, s
 
 Axes    B batch   T latent frames   P pixel frames   H W latent size   S text tokens
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import dataclasses
 import math

@@ -1,6 +1,6 @@
 """How fast, and in how much memory? Random weights at the released sizes, made on the device: no checkpoint is needed.
 
-    python -m fast.bench                                                    S2V-14B, one denoiser forward at 832x480
+    python -m fast.bench                                                    S2V-14B, one denoiser forward at 832x480 (on a CPU: tiny, 128x128)
     python -m fast.bench --size 1280x704 --fp8 --compile                    the fastest way through it with exact attention
     python -m fast.bench --size 1280x704 --fp8 --compile --attention8       the fastest way
     python -m fast.bench --size 1280x704 --fp8 --compile --vram 8           as on a card of 8 GB
@@ -13,6 +13,8 @@ A forward is one call of the denoiser for one guidance branch (S2V: of a later c
 step with guidance is two. Times are medians after a warm-up. Shares are of what this device reaches on plain matrix products and attention
 of the same shapes, measured first. The last line is JSON.
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import gc
 import json
@@ -274,9 +276,9 @@ def commit():
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--preset", choices=PRESETS, default="s2v-14B")
+    p.add_argument("--preset", choices=PRESETS, help="sizes of the networks (default: s2v-14B, on a CPU tiny)")
     p.add_argument("--stage", choices=("dit", "vae-decode", "vae-encode", "vae-error", "text", "audio", "error", "all"), default="dit")
-    p.add_argument("--size", type=size, default=(832, 480), metavar="WxH", help="of the video (default 832x480)")
+    p.add_argument("--size", type=size, metavar="WxH", help="of the video (default: 832x480, tiny 128x128)")
     p.add_argument("--frames", type=int, help="of a clip (default: the task's own)")
     p.add_argument("--fp8", action="store_true", help="float8 weights and activations in the blocks")
     p.add_argument("--attention8", action="store_true", help="self-attention in 8 bits, off by 3.6%% of each attention output on random inputs")
@@ -296,6 +298,12 @@ def parser():
 
 def main(args):
     device = pick_device(args.device)
+    args.preset = args.preset or ("s2v-14B" if device.type == "cuda" else "tiny")
+    args.size = args.size or ((128, 128) if args.preset == "tiny" else (832, 480))
+    if device.type == "cpu" and args.preset != "tiny":
+        raise ValueError(f"--preset {args.preset} wants a GPU, full size takes hours on a CPU: leave it out for tiny")
+    if device.type == "cpu" and args.stage == "error":
+        raise ValueError("--stage error wants a GPU: float8 and 8-bit attention are not computed on a CPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = random_weights.tiny("s2v-14B") if args.preset == "tiny" else random_weights.released(args.preset)
     (st, sh, sw), s2v, frames = configs["vae"].stride, bool(configs["denoiser"].audio_dim), args.frames or FRAMES[args.preset]

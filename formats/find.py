@@ -9,7 +9,7 @@ PUBLISHED = {"Wan2.2-S2V-14B": 46, "Wan2.2-T2V-A14B": 126, "Wan2.2-I2V-A14B": 12
 def local_folder(path=None):
     """The folder of a checkpoint on this machine.
 
-    path    a folder; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
+    path    a folder, or a GGUF file in one; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
             on first use; or a hub id such as Wan-AI/Wan2.2-S2V-14B, if huggingface_hub is installed and has it in its cache
     raises  ValueError with the command that gets it
     """
@@ -19,7 +19,7 @@ def local_folder(path=None):
     if not folder.exists() and folder.parent.resolve() == WEIGHTS.resolve():
         from tiny.random_weights import ensure_tiny                  # here: only where it is asked for
         ensure_tiny(folder)
-    return folder if folder.is_dir() else cached(str(path)) or refuse(folder, str(path))
+    return folder if folder.exists() else cached(str(path)) or refuse(folder, str(path))
 
 
 def cached(name):
@@ -32,8 +32,6 @@ def cached(name):
 
 
 def refuse(folder, name):
-    if folder.is_file():
-        raise ValueError(f"{name} is a file, wanted the folder of a checkpoint: `python convert_weights.py` puts single files into one")
     known = folder.name in PUBLISHED
     if known or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hub = f"Wan-AI/{folder.name}" if known else name

@@ -58,13 +58,18 @@ def test_else_the_command_is_said_that_gets_it(tmp_path, monkeypatch, capsys, in
 
 
 @pytest.mark.parametrize("name, words", [("someone/else", "hf download someone/else --local-dir else"), ("nonsense", "give a folder, or one of Wan-AI/"),
-                                         ("a/b/c", "give a folder"), ("file.safetensors", "convert_weights.py")])
+                                         ("a/b/c", "give a folder")])
 def test_other_names(tmp_path, monkeypatch, name, words):
     hub(monkeypatch, {})
     monkeypatch.chdir(tmp_path)
-    Path("file.safetensors").write_bytes(b"1")
     with pytest.raises(ValueError, match=words):
         local_folder(name)
+
+
+def test_a_gguf_file_is_a_checkpoint_too(tmp_path):
+    """With the folder that it lies in, see `open_checkpoint`, which names what is wrong with other files."""
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert local_folder(str(tmp_path / "a.gguf")) == tmp_path / "a.gguf"
 
 
 def test_sizes_on_disk():

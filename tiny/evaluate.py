@@ -17,6 +17,8 @@ clip N    medians of all videos that have it; opening: r at lag 0 in that clip a
 
 Axes    P pixel frames
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import json
 import random

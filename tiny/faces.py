@@ -7,6 +7,8 @@ Axes    n faces   P pixel frames   D columns of a face   h w picture size   m pi
 Units   head coordinates: pixels of a face of scale 1, (0, 0) between the eyes and the nose, y down; colours 0..1, pictures -1..1
 Random  numbers are made on the generator's device and then moved: the same generator gives the same faces on every device.
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import math
 import re
@@ -463,6 +465,7 @@ def main(argv=None):
         faces = held_out_identities(rows * cols, args.seed) if args.held_out else identities(rows * cols, generator)
         sheet = reference(faces, generator).unflatten(0, (rows, cols)).permute(2, 0, 3, 1, 4)         # (3, rows, h, columns, w)
         to_picture(sheet.flatten(3, 4).flatten(1, 2)).save(args.out)
+        print(f"wrote {args.out}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

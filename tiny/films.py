@@ -5,6 +5,8 @@
 writes NAME.mp4 with sound, NAME.txt with its caption and NAME.png with its reference picture, on which everybody is calm. Two of three are
 angry, and their caption says so. The others stay calm and have no caption, so that the model learns the word and not that all are angry.
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import sys
 from pathlib import Path
@@ -58,6 +60,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         make_films(args.out, args.speech, args.videos, args.seconds, args.seed)
+        print(f"wrote {args.out}: {args.videos} videos")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

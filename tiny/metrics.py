@@ -7,6 +7,8 @@ The mouth and the person are read from drawn faces (faces.py) only; drift and se
 
 Axes    P pixel frames   h w picture size; videos are (3, P, h, w) float in [-1, 1]
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import sys
 from pathlib import Path

@@ -8,6 +8,8 @@
 A tensor depends on its name and shape only. Norm weights are about 1, linear layers have deviation 1/sqrt(inputs), so activations stay
 finite at any size. Names and shapes come from our networks on the meta device, through the converter's tables read backwards.
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import dataclasses
 import json
@@ -299,6 +301,7 @@ def main(argv=None):
         else:
             configs = changed((tiny if args.tiny else released)(args.task), args.set)
             official(args.task, args.target, configs, torch.float32 if args.dtype == "fp32" else torch.bfloat16)
+        print(f"wrote {args.target}: random numbers")
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

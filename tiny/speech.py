@@ -10,6 +10,8 @@ There are no labels: the mouth is computed from the augmented sound (faces.artic
 
 Axes    n sounds in a batch
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import io
 import random

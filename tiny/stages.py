@@ -9,6 +9,8 @@
 
 Axes    B batch   T audio frames, 50 a second   h w size of a crop
 """
+if __name__ == "__main__":
+    import fast.ctrl_c  # noqa: F401
 import argparse
 import math
 import sys

@@ -1,0 +1,57 @@
+"""What all programs share: Ctrl-C is quiet, and each says what it wrote.
+
+    pytest tests/test_programs.py
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convert_weights
+from tiny import faces, random_weights
+
+HERE = Path(__file__).parents[1]
+PROGRAMS = ["train.py", "convert_weights.py", "test_parity.py",
+            *(f"{path.parent.name}.{path.stem}" for folder in ("tiny", "fast") for path in sorted((HERE / folder).glob("*.py"))
+              if '__name__ == "__main__"' in path.read_text())]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_during_imports_is_quiet(tmp_path, program):
+    """While torch is imported: one word, exit status 130. Some packages would take the interruption for a missing module."""
+    (tmp_path / "torch.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    raise ImportError\n")
+    command = [program] if program.endswith(".py") else ["-m", program]
+    done = subprocess.run([sys.executable, *command], cwd=HERE, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_during_the_work_is_quiet_and_closes_what_is_open(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import fast.ctrl_c\nimport os, signal\n\n\ndef main():\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    finally:\n"
+                       "        print('closed')\n\n\nmain()\n")
+    done = subprocess.run([sys.executable, program], env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (130, -2) and (done.stdout, done.stderr) == ("closed\n", "stopped\n")
+
+
+def test_programs_say_what_they_wrote(tmp_path, capsys):
+    for main, arguments, target in (
+            (faces.main, [], tmp_path / "face.png"),
+            (random_weights.main, ["s2v-14B", "--tiny", "--ours"], tmp_path / "ours"), (random_weights.main, ["s2v-14B", "--tiny"], tmp_path / "official"),
+            (convert_weights.main, [str(HERE / "weights" / "tiny")], tmp_path / "converted"),
+            (convert_weights.main, [str(HERE / "weights" / "tiny"), "--to", "comfy"], tmp_path / "comfy")):
+        place = [*arguments[:1], str(target), *arguments[1:]]
+        assert main(place) == 0, place
+        said = capsys.readouterr().out
+        assert target.exists() and f"wrote {target}" in said.replace("wrote    ", "wrote "), (place, said)
+
+
+def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants():
+    def bench(*arguments):
+        return subprocess.run([sys.executable, "-m", "fast.bench", "--device", "cpu", *arguments], cwd=HERE, capture_output=True, text=True, timeout=250)
+    done = bench("--size", "64x64", "--repeats", "1", "--frames", "4")
+    assert done.returncode == 0 and "tiny at 64x64" in done.stdout, done.stderr
+    for arguments in (["--preset", "s2v-14B"], ["--preset", "ti2v-5B", "--stage", "all"]):
+        done = bench(*arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "wants a GPU" in done.stderr, done.stderr
