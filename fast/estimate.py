@@ -1,4 +1,4 @@
-"""How long a plan will take: operations by arithmetic, rates from probes of a second. `estimate_seconds` is the denoising, `other_seconds` the rest."""
+"""How long a plan will take: operations by arithmetic, rates from probes. `estimate_seconds` is the denoising, `other_seconds` the rest."""
 import time
 from collections import deque
 

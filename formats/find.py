@@ -9,8 +9,8 @@ PUBLISHED = {"Wan2.2-S2V-14B": 46, "Wan2.2-T2V-A14B": 126, "Wan2.2-I2V-A14B": 12
 def local_folder(path=None):
     """The folder of a checkpoint on this machine.
 
-    path    a folder, or a GGUF file in one; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v, -ti2v: random numbers, made
-            on first use; or a hub id such as Wan-AI/Wan2.2-S2V-14B, if huggingface_hub is installed and has it in its cache
+    path    a folder, or a GGUF file in one; None or "weights/tiny" for the one that comes along, from wherever; "weights/tiny-t2v", -i2v,
+            -ti2v: random numbers, made on first use; or a hub id such as Wan-AI/Wan2.2-S2V-14B, if huggingface_hub is installed and has it in its cache
     raises  ValueError with the command that gets it
     """
     folder = WEIGHTS / "tiny" if path is None else Path(path)

@@ -77,8 +77,8 @@ def test_all_parts_are_in_the_time_that_is_printed(tmp_path, monkeypatch, capsys
         other = (encoded * encoding + decoded * decoding) / 1e8 + sum(plan.sizes.values()) / estimate.LOADED
         assert estimate.other_seconds(plan, vae) == pytest.approx(other) and other > 1
         said.append(round(estimate.estimate_seconds(plan) + other))
-        assert sample.cli(["--audio", GIVEN["audio"], "--image", GIVEN["image"], "--size", "64x64", "--steps", "1", "--clip-frames", "16", "--guidance", "1",
-                           "--clips", str(clips), "--device", "cpu", "--out", str(tmp_path / f"{clips}.mp4")]) == 0
+        assert sample.cli(["--audio", GIVEN["audio"], "--image", GIVEN["image"], "--size", "64x64", "--steps", "1", "--clip-frames", "16",
+                           "--guidance", "1", "--clips", str(clips), "--device", "cpu", "--out", str(tmp_path / f"{clips}.mp4")]) == 0
         minutes, seconds = divmod(said[-1], 60)
         assert f"about {minutes:02}:{seconds:02} in all" in capsys.readouterr().out
     assert said[1] > 2 * said[0] and math.isfinite(said[1])

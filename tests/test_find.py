@@ -73,7 +73,7 @@ def test_a_gguf_file_is_a_checkpoint_too(tmp_path):
 
 
 def test_sizes_on_disk():
-    """From the published tensor names and shapes: S2V in bfloat16, the other denoisers in float32; umT5 in bfloat16, VAE and wav2vec2 in float32."""
+    """From the published tensor shapes: S2V in bfloat16, the other denoisers in float32; umT5 in bfloat16, VAE and wav2vec2 in float32."""
     count = {name: entry["parameters"] for name, entry in json.loads((HERE / "golden" / "manifest_summary.json").read_text()).items()}
     umt5, vae21 = 2 * count["umt5-xxl-encoder"], 4 * count["vae2_1"]
     wanted = {"Wan2.2-S2V-14B": 2 * count["s2v-14B"] + umt5 + vae21 + 4 * count["wav2vec2-large-xlsr-53"],

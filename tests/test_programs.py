@@ -21,9 +21,11 @@ PROGRAMS = ["train.py", "convert_weights.py", "test_parity.py",
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_ctrl_c_during_imports_is_quiet(tmp_path, program):
     """While torch is imported: one word, exit status 130. Some packages would take the interruption for a missing module."""
-    (tmp_path / "torch.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    raise ImportError\n")
+    (tmp_path / "torch.py").write_text("import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+                                       "except KeyboardInterrupt:\n    raise ImportError\n")
     command = [program] if program.endswith(".py") else ["-m", program]
-    done = subprocess.run([sys.executable, *command], cwd=HERE, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], cwd=HERE, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
@@ -38,7 +40,8 @@ def test_ctrl_c_during_the_work_is_quiet_and_closes_what_is_open(tmp_path):
 def test_programs_say_what_they_wrote(tmp_path, capsys):
     for main, arguments, target in (
             (faces.main, [], tmp_path / "face.png"),
-            (random_weights.main, ["s2v-14B", "--tiny", "--ours"], tmp_path / "ours"), (random_weights.main, ["s2v-14B", "--tiny"], tmp_path / "official"),
+            (random_weights.main, ["s2v-14B", "--tiny", "--ours"], tmp_path / "ours"),
+            (random_weights.main, ["s2v-14B", "--tiny"], tmp_path / "official"),
             (convert_weights.main, [str(HERE / "weights" / "tiny")], tmp_path / "converted"),
             (convert_weights.main, [str(HERE / "weights" / "tiny"), "--to", "comfy"], tmp_path / "comfy")):
         place = [*arguments[:1], str(target), *arguments[1:]]
@@ -49,7 +52,8 @@ def test_programs_say_what_they_wrote(tmp_path, capsys):
 
 def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants():
     def bench(*arguments):
-        return subprocess.run([sys.executable, "-m", "fast.bench", "--device", "cpu", *arguments], cwd=HERE, capture_output=True, text=True, timeout=250)
+        command = [sys.executable, "-m", "fast.bench", "--device", "cpu", *arguments]
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=250)
     done = bench("--size", "64x64", "--repeats", "1", "--frames", "4")
     assert done.returncode == 0 and "tiny at 64x64" in done.stdout, done.stderr
     for arguments in (["--preset", "s2v-14B"], ["--preset", "ti2v-5B", "--stage", "all"]):
