@@ -138,9 +138,28 @@ def probe(path, count=True):
 def clock(path):
     """The filter that gives a sound its times."""
     try:
-        return COUNTED if streams(path).get("audio", {}).get("tb") in UNTIMED else CLOCK
+        tick = streams(path).get("audio", {}).get("tb")
     except FFmpegError:      # decoding will say what is wrong
         return CLOCK
+    return CLOCK if tick not in UNTIMED else counted(path) if tick == UNTIMED[0] else COUNTED
+
+
+def counted(path):
+    """The clock of raw mp3: samples counted, with silence in the place of lost frames."""
+    from media.mp3 import holes                                      # here: importing `sample` does not need it
+    (found, samples, tagged), jumps, gone = holes(path), "", 0
+    if found:
+        from media.sound import announced
+        tick, packets = framecrc(path, "-c", "copy", kind="a")
+        rate, room = int(streams(path)["audio"]["sample_rate"]), sum(frames for _, frames in found)
+        skipped = round(-min(0, packets[0][1]) * tick * rate)        # of the first frame, as its encoder says
+        heard = decoded(path, "a", "out_time_us", COUNTED) / 1e6
+        lost = (announced(path)[0] - heard) * rate / samples if tagged else room             # damaged frames may have been decoded, or whole ones not
+        for before, frames in found:
+            silent = max(0, round(lost * frames / room)) * samples
+            jumps += f"+{silent}*gte(N,{before - gone - skipped})"
+            gone += silent
+    return COUNTED if not jumps else f"asetpts='(N{jumps})/SR/TB',aresample=async=1:min_hard_comp=0.02:first_pts=0"
 
 
 def decoded(path, kind, field, times=None):
