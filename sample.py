@@ -6,13 +6,18 @@
 The task is written in the checkpoint; what must be given follows from it.
 
 Prints the plan before any weight is loaded, writes frames as clips are finished. Exit status 2 and one line on stderr for anything wrong
-with the input; no half-written file is left.
+with the input; no half-written file is left. What is finished when a run ends early is kept, and the same command goes on.
 """
+from jobs import stop
+
+if __name__ == "__main__":                                           # before the long imports: a signal in them is no traceback
+    stop.watch()
 import argparse
 import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 
 START = time.perf_counter()
@@ -24,7 +29,6 @@ from tqdm import tqdm
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import any_terminal, cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
-from media.video import check_output
 from wan_s2v import Progress, Stages, WanS2VPipeline, open_writer, run_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,6 +83,10 @@ def parser():
     g.add_argument("--duration", type=float, help="seconds of the audio to use (default: to its end)")
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
+    g.add_argument("--restart", action="store_true", help="begin anew whatever an earlier run has left in OUT.parts (default: go on there)")
+    g.add_argument("--keep-parts", action="store_true", help="keep that folder when all is done (default: off)")
+    g.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps of the sampler after which a run that ends early can "
+                   "go on, beside every clip (default: 10)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
                    f"size (default: {own('size')})")
     g.add_argument("--enlarge", action="store_true", help="scale a picture of fewer pixels up to that size (S2V; default: off, as official)")
@@ -164,17 +172,21 @@ def make_video(pipeline, args):
     from fast.estimate import estimate_seconds                       # here: importing `sample` does not need it
     print(f"time     about {tqdm.format_interval(round(estimate_seconds(plan)))} of denoising")
     stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
-    with open_writer(args.out, plan, args.av_offset) as writer:
-        try:
-            for frames in pipeline.generate(plan, stages, progress):
+    writer = open_writer(args.out, plan, args.av_offset, pipeline.checkpoint, every=args.save_every, keep=args.keep_parts, restart=args.restart)
+    try:
+        with writer:
+            if went := writer.parts.progress():
+                print(f"going on after {went}")
+            for frames in pipeline.generate(plan, stages, progress, writer.parts):
                 with stages("write"):
                     writer.write(frames)
-        except (KeyboardInterrupt, Exception):
-            if kept := writer.finish_partial():
-                print(f"the clips finished so far are kept as {kept}", file=sys.stderr)
-            if stages.gib:
-                print(f"memory   {stages.memory()}", file=sys.stderr)
-            raise
+                with stages("save"):
+                    writer.renew_partial()
+    except BaseException:
+        for line in (writer.kept, stages.gib and f"memory   {stages.memory()}"):
+            if line:
+                tell(line)
+        raise
     print(f"steps    {progress}")
     print(f"times    {stages}")
     print(f"memory   {stages.memory()}")
@@ -182,6 +194,7 @@ def make_video(pipeline, args):
 
 
 def main(args):
+    from media.video import check_output
     check_output(args.out)
     make_video(open_pipeline(args), args)
 
@@ -193,28 +206,45 @@ def device_errors():
     return torch.AcceleratorError, TorchDynamoException, InductorError
 
 
+def tell(line):
+    """On stderr, if there still is a terminal."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
 def cli(argv=None):
-    """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
+    """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP."""
     any_terminal()
+    stop.begin()
+    try:
+        code = run(argv)
+        if not (code and stop.number):                               # a signal may show itself as an error of what it has ended
+            return code
+    except BaseException as error:
+        if not (stop.number or isinstance(error, KeyboardInterrupt)):
+            raise
+    tell("stopped")
+    return stop.status()
+
+
+def run(argv):
     try:
         main(args := parser().parse_args(argv))
         return 0
     except torch.OutOfMemoryError as error:
         wanted = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        print(f"error: the device is out of memory{f' for {wanted[1]} more' if wanted else ''}: choose a smaller --size or fewer --clip-frames",
-              file=sys.stderr)
+        tell(f"error: the device is out of memory{f' for {wanted[1]} more' if wanted else ''}: choose a smaller --size or fewer --clip-frames")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
     except RuntimeError as error:
         if not isinstance(error, device_errors()):
             raise
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"error: PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        tell(f"error: PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size")
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    code = cli()
+    stop.end()
+    sys.exit(code)
