@@ -246,5 +246,5 @@ def run(argv):
 
 if __name__ == "__main__":
     code = cli()
-    stop.end()
+    stop.end(code)
     sys.exit(code)

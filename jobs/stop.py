@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 8.0          # seconds from the first signal to the end, whatever is running
@@ -44,11 +44,16 @@ def begin():
     working = True
 
 
-def end():
-    """All is written: what comes now finds nothing to stop."""
+def end(code):
+    """All is written, what comes now finds nothing to stop. A program that was stopped ends here: taking PyTorch down may take seconds."""
     for which in SIGNALS:
         if signal.getsignal(which) is handle:
             signal.signal(which, signal.SIG_IGN)
+    if number:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def handle(which, frame):

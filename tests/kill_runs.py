@@ -103,14 +103,17 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def started(out, share, length):
-    """A process that has run for a share of its length, which is at most `length` seconds -> it, and its length"""
+def started(out, chance, length):
+    """A process at a random moment: one in three before its first clip is finished, the others some time after a clip."""
     while True:
         process, begin = start(out), time.monotonic()
+        wanted, pause = (0, chance.random() * length / 3) if chance.random() < 1 / 3 else (chance.randrange(CLIPS), chance.random() * length / CLIPS)
+        while process.poll() is None and finished(out) < wanted:
+            time.sleep(0.01)
         try:
-            process.wait(share * length)
+            process.wait(pause)
         except subprocess.TimeoutExpired:
-            return process, length
+            return process
         length = time.monotonic() - begin                            # it was faster: once more
         out.unlink()
 
@@ -158,12 +161,12 @@ def check(folder, out, wanted, wrong):
         wrong.append(f"left over: {rest}")
 
 
-def full_disk(folder, share, length, wanted):
-    """A tmpfs of 48 MB that a file fills up at a moment; as one_run, and the length."""
+def full_disk(folder, chance, length, wanted):
+    """A tmpfs of 48 MB that a file fills up at a moment; as one_run."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], check=True)
     try:
         out, wrong = folder / "out.mp4", []
-        process, length = started(out, share, length)
+        process = started(out, chance, length)
         filler = folder / "filler"
         with open(filler, "wb", buffering=0) as file:
             try:
@@ -182,7 +185,7 @@ def full_disk(folder, share, length, wanted):
             wrong.append("a traceback")
         again(out, clips, out.exists(), wrong)
         check(folder, out, wanted, wrong)
-        return wrong, 0.0, clips, length
+        return wrong, 0.0, clips
     finally:
         subprocess.run(["umount", folder], check=True)
 
@@ -205,14 +208,14 @@ def main():
         print(f"unbroken: {length:.1f} s")
         for n in range(args.runs):
             (folder := Path(base) / f"run{n:03d}").mkdir()
-            way, share, pause = list(WAYS)[n % len(WAYS)], chance.random(), chance.choice((0.01, 0.1, 0.5, 1.5))
+            way, pause = list(WAYS)[n % len(WAYS)], chance.choice((0.01, 0.1, 0.5, 1.5))
             if args.full_disk:
-                way, (wrong, seconds, clips, length) = "full disk", full_disk(folder, share, length, wanted)
+                way, (wrong, seconds, clips) = "full disk", full_disk(folder, chance, length, wanted)
             else:
-                process, length = started(folder / "out.mp4", share, length)
+                process = started(folder / "out.mp4", chance, length)
                 wrong, seconds, clips = one_run(folder, way, process, pause, wanted)
             bad, took, counts = bad + bool(wrong), [*took, seconds], [*counts, clips]
-            print(f"{n + 1:3} {way:20} at {share * length:5.1f} s: {clips} clips finished, ended after {seconds:.2f} s {'; '.join(wrong)}",
+            print(f"{n + 1:3} {way:20}: {clips} clips finished, ended after {seconds:.2f} s {'; '.join(wrong)}",
                   flush=True)
             if wrong:
                 print((Path(base) / f"{folder.name}.log").read_text(errors="replace")[-3000:], flush=True)
