@@ -6,13 +6,18 @@
 The task is written in the checkpoint; what must be given follows from it.
 
 Prints the plan before any weight is loaded, writes frames as clips are finished. Exit status 2 and one line on stderr for anything wrong
-with the input; no half-written file is left.
+with the input; no half-written file is left. What is finished when a run ends early is kept, and the same command goes on.
 """
+from jobs import stop
+
+if __name__ == "__main__":                                           # before the long imports: a signal in them is no traceback
+    stop.watch()
 import argparse
 import os
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 
 START = time.perf_counter()
@@ -84,8 +89,11 @@ def parser():
                    "status 0 if all are done")
     g = p.add_argument_group("what comes out")
     g.add_argument("--out", default="out.mp4", help="mp4 file, or a folder ending in / for PNG frames (default: out.mp4)")
-    g.add_argument("--restart", action="store_true", help="in a batch, make again what is there but was made from something else, or not by this "
-                   "batch (default: such a job is refused)")
+    g.add_argument("--restart", action="store_true", help="begin anew whatever an earlier run has left in OUT.parts (default: go on there); "
+                   "in a batch also make again what was made from something else, or not by this batch (default: refused)")
+    g.add_argument("--keep-parts", action="store_true", help="keep that folder when all is done (default: off)")
+    g.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps of the sampler after which a run that ends early can "
+                   "go on, beside every clip (default: 10)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
                    f"size (default: {own('size')})")
     g.add_argument("--enlarge", action="store_true", help="scale a picture of fewer pixels up to that size (S2V; default: off, as official)")
@@ -172,17 +180,21 @@ def make_video(pipeline, args):
     denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"])
     print(f"time     about {tqdm.format_interval(round(denoising + other))} in all from here, {tqdm.format_interval(round(denoising))} of it denoising")
     stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
-    with open_writer(args.out, plan, args.av_offset) as writer:
-        try:
-            for frames in pipeline.generate(plan, stages, progress):
+    writer = open_writer(args.out, plan, args.av_offset, pipeline.checkpoint, every=args.save_every, keep=args.keep_parts, restart=args.restart)
+    try:
+        with writer:
+            if went := writer.parts.progress():
+                print(f"going on after {went}")
+            for frames in pipeline.generate(plan, stages, progress, writer.parts):
                 with stages("write"):
                     writer.write(frames)
-        except (KeyboardInterrupt, Exception):
-            if kept := writer.finish_partial():
-                print(f"the clips finished so far are kept as {kept}", file=sys.stderr)
-            if stages.gib:
-                print(f"memory   {stages.memory()}", file=sys.stderr)
-            raise
+                with stages("save"):
+                    writer.renew_partial()
+    except BaseException:
+        for line in (writer.kept, stages.gib and f"memory   {stages.memory()}"):
+            if line:
+                tell(line)
+        raise
     print(f"steps    {progress}")
     print(f"times    {stages}")
     print(f"memory   {stages.memory()}")
@@ -200,22 +212,41 @@ def main(args):
     return 0
 
 
+def tell(line):
+    """On stderr, if there still is a terminal."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
 def cli(argv=None):
-    """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
+    """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP."""
     any_terminal()
+    stop.begin()
+    try:
+        code = run(argv)
+        if not (code and stop.number):                               # a signal may show itself as an error of what it has ended
+            return code
+    except BaseException as error:
+        if not (stop.number or isinstance(error, KeyboardInterrupt)):
+            raise
+    tell("stopped")
+    return stop.status()
+
+
+def run(argv):
+    """-> exit status, without the signals' part of it"""
     args = None
     try:
         return main(args := parser().parse_args(argv))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     except Exception as error:
         from jobs.explain import explain
         if (line := explain(error, args)) is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        tell(f"error: {line}")
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    code = cli()
+    stop.end(code)
+    sys.exit(code)

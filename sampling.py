@@ -39,18 +39,19 @@ from model import expert_index
 
 # ------------------------------------------------------------------------------------------------------------------ the sampler
 
-def denoise(experts, solver, noise, clean=None, progress=iter):
+def denoise(experts, solver, noise, clean=None, progress=iter, after_step=lambda step, x: None):
     """Integrate the flow from noise to latents.
 
-    experts   Experts, after `begin`        solver    from make_solver        noise  (B, z, T, H, W)
+    experts   Experts, after `begin`        solver    from make_solver        noise  (B, z, T, H, W), or latents before step `solver.begin`
     clean     (B, z, n, H, W) latents of known first frames (TI2V), or None
-    progress  wraps the list of steps, for a progress bar
+    progress  wraps the list of steps, for a progress bar        after_step  is told how many steps are done, and the latents
     returns   (B, z, T, H, W) float32
     """
     x = keep_clean_frames(noise.float(), clean)
-    for i, t in progress(list(enumerate(solver.timesteps.tolist()))):
+    for i, t in progress(list(enumerate(solver.timesteps.tolist()))[solver.begin:]):
         velocity = guided_velocity(x, t, *experts.at(t))
         x = keep_clean_frames(solver.step(velocity, i, x), clean)
+        after_step(i + 1, x)
     experts.end()
     return x
 
@@ -172,7 +173,8 @@ class Euler:
         self.sigmas, self.timesteps = schedule(steps, shift, self.start)
         self.levels = self.sigmas.tolist()                            # Python numbers, so that no step waits for the device
         self.x0_history = []                                          # the last three clean guesses m; step 0 looks at its own only
-        self.x = None                                                 # latents the next step is made from
+        self.x = None                                                 # latents the last step was made from
+        self.begin = 0                                                # the first step to make, see `restore`
 
     def step(self, velocity, i, latents):
         """Latents at noise level i -> at level i + 1.
@@ -183,6 +185,15 @@ class Euler:
         """
         self.x = self.observe(velocity, i, latents)
         return self.advance(i, self.predict(i))
+
+    def state(self):
+        """{name: tensor} of all that the next step looks back at."""
+        return {"x": self.x} | {f"x0_history.{n}": m for n, m in enumerate(self.x0_history[-2:])}
+
+    def restore(self, state, begin):
+        """Go on before step `begin` with what `state` gave."""
+        self.begin, self.x, self.x0_history = begin, state["x"], [state[name] for name in sorted(state) if name.startswith("x0_history.")]
+        return self
 
     def observe(self, velocity, i, latents):
         """Remember the clean guess; returns the latents in float32."""

@@ -420,12 +420,20 @@ class VAE(nn.Module):
     def with_fp32_fallback(self, run):
         """run() encodes or decodes a whole video. If its result is not finite in float16 (maximum 65504), it runs again in float32."""
         result = run()
-        if self.decoder.conv_in.weight.dtype == torch.float16 and not result.sum(dtype=torch.float32).isfinite():
+        if self.dtype == torch.float16 and not result.sum(dtype=torch.float32).isfinite():
             print("warning: the VAE's numbers are too large for float16: it goes on in float32, slower", file=sys.stderr)
-            self.float()
-            self.tiles *= 2                   # of half the size: the memory was planned for float16
+            self.widen()
             result = run()
         return result
+
+    @property
+    def dtype(self):
+        return self.decoder.conv_in.weight.dtype
+
+    def widen(self):
+        """From float16 to float32, in tiles of half the size: the memory was planned for float16."""
+        self.float()
+        self.tiles *= 2
 
     @torch.no_grad()
     def encode_stream(self, pieces, chunk=None):

@@ -11,6 +11,8 @@ Each network is loaded when its stage begins; it stays for the next video where 
 Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
+import math
+import os
 import statistics
 import sys
 import time
@@ -22,9 +24,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan
+from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan, warm_up
 from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
 from formats.checkpoints import open_checkpoint
+from jobs import stop
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
 from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
@@ -80,19 +83,22 @@ class Progress:
         self.clips, self.device, self.begin, self.start, self.seconds = clips, device, begin, time.perf_counter(), []
 
     def __call__(self, clip, steps):
-        if clip == 0:
+        """steps [(number, t), ...] of a clip, to its end; a signal lets the running one end."""
+        if not self.seconds:
             print(f"ready    {time.perf_counter() - self.begin:.1f} s after the start")
-        last = time.perf_counter()
-        with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step") as bar:
-            for n, step in enumerate(bar, 1):
-                yield step
-                synchronize(self.device)                             # or the time of queueing would be shown
+        total, last = (steps or [(-1, 0)])[-1][0] + 1, time.perf_counter()
+        with tqdm(steps, desc=f"clip {clip + 1}/{self.clips}", unit="step", initial=total - len(steps), total=total) as bar:
+            for step in bar:
+                with stop.finish_first():
+                    yield step
+                    synchronize(self.device)                         # or the time of queueing would be shown
                 self.seconds, last = [*self.seconds, time.perf_counter() - last], time.perf_counter()
-                done = clip * len(steps) + n
-                left = (time.perf_counter() - self.start) / done * (self.clips * len(steps) - done)
+                left = (last - self.start) / len(self.seconds) * ((self.clips - clip) * total - step[0] - 1)
                 bar.set_postfix_str(f"all clips {tqdm.format_interval(left)} left")
 
     def __str__(self):
+        if not self.seconds:
+            return "none were left to make"
         return f"first {self.seconds[0]:.2f} s, later {statistics.median(self.seconds[1:] or self.seconds):.2f} s"
 
 
@@ -114,13 +120,29 @@ class Video:
         return path
 
 
-def open_writer(path, plan, av_offset=0):
-    """A VideoWriter for what a plan will make, with the sound if there is any."""
-    from media.video import VideoWriter                              # here, as below: importing this file does not need it
-    o = plan.config
+def open_writer(path, plan, av_offset=0, checkpoint=None, **how):
+    """A VideoWriter for what a plan will make, with the sound if there is any.
+
+    checkpoint  that makes it: then what is finished stays when the run ends early, and the same again goes on        how  as in jobs.parts.Parts
+    """
+    from jobs.parts import Parts, made_from                          # here, as elsewhere: importing `sample` does not need it
+    from media.video import VideoWriter, bytes_needed, encoder, is_folder
+    o, size, parts = plan.config, (plan.height, plan.width), None
     if o.audio and abs(av_offset) >= plan.frames:
         raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
-    return VideoWriter(path, (plan.height, plan.width), plan.fps, audio=o.audio, start=o.start, duration=o.duration, av_offset=av_offset)
+    need = 2**24 + bytes_needed(size, plan.frames, is_folder(path))
+    if checkpoint is not None:
+        made = made_from(plan, checkpoint) | dict(av_offset=av_offset, encoder=encoder(path))
+        parts = Parts(os.path.abspath(path), made, plan.clips, **how)
+        need += 2 * state_bytes(plan)
+    return VideoWriter(path, size, plan.fps, o.audio, o.start, o.duration, av_offset, parts, need)
+
+
+def state_bytes(plan):
+    """Of what is saved for the next clip and in the middle of one, see `make_clips` and sampling.Euler.state."""
+    latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
+    past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
+    return (4 * plan.latent_shape[0] + 19) * latent + past
 
 
 class Networks:
@@ -151,6 +173,23 @@ class Networks:
     def nbytes(self, device):
         """Of what is kept on a device."""
         return sum(p.nbytes for _, net in self.kept.values() for p in net.parameters() if p.device.type == device.type)
+
+
+class Nothing:
+    """Nothing is saved and nothing was. jobs/parts.py has the same on disk."""
+    done = 0
+
+    def load(self, name, **shapes):
+        return None
+
+    def due(self, step):
+        return False
+
+    def save(self, name, tensors):
+        pass
+
+
+NOTHING = Nothing()
 
 
 class WanS2VPipeline:
@@ -190,24 +229,29 @@ class WanS2VPipeline:
             return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
 
     @torch.no_grad()
-    def generate(self, plan, stage=None, progress=lambda clip, steps: steps):
+    def generate(self, plan, stage=None, progress=lambda clip, steps: steps, keep=NOTHING):
         """Make a video clip by clip.
 
         plan      from `plan`                   stage     a Stages, to collect times
         progress  wraps the list of steps of clip number `clip`
-        yields    (3, P, height, width) float32 in [-1, 1] on the CPU
+        keep      a Parts, where what the next clip needs is saved; after `keep.done` clips of an earlier run, those to come are made
+        yields    (3, P, height, width) float32 in [-1, 1] on the CPU, per clip
         """
         from media.given import in_float32
-        stage, make, left = stage or Stages(), generate_s2v if plan.sound is not None else generate_video, plan.frames
-        for frames in in_float32(make(self.networks.begin(plan), plan, stage, progress)):
-            yield frames[0, :, :left].float().cpu()
-            left -= frames.shape[2]
-        if left > 0:                                                 # the sound goes on for a moment, see `count_clips`
-            yield frames[0, :, -1:].float().cpu().expand(-1, left, -1, -1)
+        if keep.done == plan.clips:
+            return
+        stage, make = stage or Stages(), generate_s2v if plan.sound is not None else generate_video
+        left = plan.frames - keep.done * plan.config.clip_frames + warm_up(plan.config) if keep.done else plan.frames
+        for clip, frames in enumerate(in_float32(make(self.networks.begin(plan), plan, stage, progress, keep)), keep.done + 1):
+            frames = frames[0, :, :left].float().cpu()
+            left -= frames.shape[1]
+            if clip == plan.clips and left:                          # the sound goes on for a moment, see `count_clips`
+                frames = torch.cat([frames, frames[:, -1:].expand(-1, left, -1, -1)], dim=1)
+            yield frames
 
     def __call__(self, audio_path=None, image_path=None, prompt="", negative_prompt=None, num_frames=None, height=None, width=None,
                  guidance_scale=None, num_inference_steps=None, generator=None, enable_cpu_offload=None, use_fp16=False, out=None,
-                 quiet=False, keep_frames=True, **options):
+                 quiet=False, restart=False, keep_frames=True, **options):
         """One video. Prints the plan and a progress bar.
 
         audio_path               file of any common format, or (samples, rate): numpy or torch, (n,) or (n, channels), floats in [-1, 1] or int16
@@ -218,7 +262,9 @@ class WanS2VPipeline:
         generator                a torch.Generator: its seed is used
         enable_cpu_offload       no effect: networks for which there is no room leave the device when their stage ends
         use_fp16                 runs as bfloat16, with a warning: float16 overflows in this model family
-        out                      file or folder as in `Video.save`: refused before the work if it cannot be written, written at its end
+        out                      file or folder as in `Video.save`, written clip by clip: if the program ends early, the same call goes on, see
+                                 docs/reliability.md; frames of earlier clips are then read from that file
+        restart                  begin anew whatever an earlier run has left beside `out`
         quiet                    print warnings only
         keep_frames              False: they go to `out` as they are made, which is returned
         options                  any other field of RunConfig: shift, solver, seed, clips, clip_frames, pose_video, start_from_ref, ...
@@ -231,7 +277,7 @@ class WanS2VPipeline:
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if out is not None:
-            from media.video import check_output
+            from media.video import check_output                     # here, as below: importing `sample` does not need it
             check_output(out)
         given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
                      guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
@@ -244,17 +290,17 @@ class WanS2VPipeline:
         if not quiet:
             any_terminal(ours=False)
             print(plan)
-        progress = () if quiet else (Progress(plan.clips, self.device, begin),)
-        clips = self.generate(plan, Stages(self.device), *progress)
-        if not keep_frames:
-            with open_writer(out, plan) as writer:
-                for frames in clips:
-                    writer.write(frames)
-            return out
-        video = Video(torch.cat(list(clips), dim=1), plan, files)
-        if out is not None:
-            video.save(out)
-        return video
+        stages, progress = Stages(self.device), {} if quiet else dict(progress=Progress(plan.clips, self.device, begin))
+        if out is None:
+            return Video(torch.cat(list(self.generate(plan, stages, **progress)), dim=1), plan, files)
+        clips, writer = [], open_writer(out, plan, checkpoint=self.checkpoint, restart=restart)
+        with writer:
+            clips += writer.read_back() if keep_frames else []
+            for frames in self.generate(plan, stages, keep=writer.parts, **progress):
+                writer.write(frames)
+                clips += [frames] if keep_frames else []
+                writer.renew_partial()
+        return Video(torch.cat(clips, dim=1), plan, files) if keep_frames else out
 
     def batch(self, jobs):
         """Many videos: networks stay loaded, no frames are kept, a bad job does not stop the others.
@@ -280,7 +326,7 @@ class ClipInputs:
     motion_frames: int = 73      # pixel frames of the past that a clip sees: 19 latents
 
 
-def generate_s2v(checkpoint, plan, stage, progress):
+def generate_s2v(checkpoint, plan, stage, progress, keep=NOTHING):
     """The stages of an S2V video; yields the frames of each clip (1, 3, P, height, width)."""
     o, size, n = plan.config, (plan.height, plan.width), plan.config.clip_frames
     with stage("text"):
@@ -303,44 +349,58 @@ def generate_s2v(checkpoint, plan, stage, progress):
     from media.frames import load_pose
     pose = [partial(load_pose, o.pose_video, n, size, FPS, clip * n, o.official) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
-    yield from make_clips(inputs, vae, load_experts(checkpoint, plan, stage), o, stage, progress)
+    yield from make_clips(inputs, vae, load_experts(checkpoint, plan, stage), o, stage, progress, keep)
 
 
-def make_clips(inputs, vae, experts, config, stage, progress):
+def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
     """The clip loop: yields the frames of each clip (1, 3, P, height, width), P = clip_frames, or 3 less for the first.
 
     A clip is decoded behind other latents, so that its first frame is no still: behind the 19 latents of the 73 frames before it, or, for
     the first clip, behind the reference picture's latent; then 3 more frames are dropped, in which the decoder warms up. So the first clip
     shows 77 frames of the 80 it heard (see `av_offset` in media/video.py).
+
+    What a clip needs of those before it is `motion`, the latents of 73 frames, and `past`, those of the frames that will be among the next 73
+    too: none, if a clip has as many. Both are saved before the clip leaves.
     """
     o, n, picture = config, config.clip_frames, inputs.picture
     with stage("picture"):
         ref = vae.encode(picture)                                    # (1, z, 1, H, W)
-        history = torch.zeros_like(picture, device="cpu").repeat(1, 1, inputs.motion_frames, 1, 1)           # mid grey before the first clip
-        if o.start_from_ref:
-            history[:, :, -REF_MOTION_FRAMES:] = picture
-        motion = vae.encode(history)                                 # (1, z, 19, H, W)
-    for clip, (noise, pose) in enumerate(zip(inputs.noise, inputs.pose)):
+        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W), (1, 3, any, height, width)
+    for clip in range(keep.done, len(inputs.noise)):
         first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
-        noise, pose = noise(), encode_pose(vae, pose, picture.device)
+        noise, pose = inputs.noise[clip](), encode_pose(vae, inputs.pose[clip], picture.device)
         with stage("audio"):
             audio = inputs.audio(clip * n, (clip + 1) * n)[None].to(noise.device)
-        solver = make_solver(o.solver, o.steps, o.shift)
         positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=None if first else motion, pose=pose)
         experts.begin(positive, dict(positive, text=inputs.negative, audio=0 * audio), o.guidance)
-        with stage("load"):
-            vae.to("cpu")                                            # leaves its room to the denoiser
-            experts.at(solver.timesteps[0].item())
-        with stage("denoise"):
-            latents = denoise(experts, solver, noise, progress=lambda steps: progress(clip, steps))
+        vae.to("cpu")                                                # leaves its room to the denoiser
+        latents = run_sampler(experts, o, noise, stage, partial(progress, clip), keep)
         with stage("decode"):
             vae.to(picture.device)
             frames = decode_frames(vae, [ref if first else motion, latents], n)[:, :, WARM_UP if first else 0:]
-        yield frames
         if clip + 1 < len(inputs.noise):
             with stage("motion"):                                    # as floats: 8 bits in between are seen as decay
-                history = torch.cat([history, frames], dim=2)[:, :, -inputs.motion_frames:]
-                motion = vae.encode(history)
+                past = torch.cat([past, frames], dim=2)[:, :, -inputs.motion_frames:]
+                motion = vae.encode(past)
+                past = past[:, :, n:].clone()
+            with stage("save"):
+                keep.save("clip", dict(motion=motion, past=past, vae_float32=torch.tensor(vae.dtype == torch.float32)))
+        yield frames
+
+
+def begin_motion(inputs, vae, config, keep):
+    """-> motion, past (see make_clips) of the first clip to make: nothing came before, or what was saved"""
+    shape, P = inputs.picture.shape[3:], inputs.motion_frames
+    past = max(0, P - config.clip_frames) if keep.done else P
+    if saved := keep.load("clip", motion=(1, vae.config.z_dim, 1 + P // 4, shape[0] // vae.stride[1], shape[1] // vae.stride[2]),
+                          past=(1, 3, past, *shape), vae_float32=()):
+        if saved["vae_float32"] and vae.dtype == torch.float16:
+            vae.widen()
+        return saved["motion"].to(inputs.picture.device), saved["past"]
+    past = torch.zeros_like(inputs.picture, device="cpu").repeat(1, 1, P, 1, 1)              # mid grey before the first clip
+    if config.start_from_ref:
+        past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
+    return vae.encode(past), past
 
 
 def encode_pose(vae, read, device):
@@ -353,7 +413,7 @@ def encode_pose(vae, read, device):
 
 # ------------------------------------------------------------------------------------------- T2V, I2V, TI2V: prompt, picture
 
-def generate_video(checkpoint, plan, stage, progress):
+def generate_video(checkpoint, plan, stage, progress, keep=NOTHING):
     """The stages of a video of one clip; yields its frames (1, 3, P, height, width)."""
     o = plan.config
     with stage("text"):
@@ -371,12 +431,8 @@ def generate_video(checkpoint, plan, stage, progress):
     positive = dict(shape=plan.latent_shape, text=text, image=image, clean_frames=0 if clean is None else 1)
     experts = load_experts(checkpoint, plan, stage).begin(positive, dict(positive, text=negative), o.guidance)
     noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, o.device, torch.float32)
-    solver = make_solver(o.solver, o.steps, o.shift)
-    with stage("load"):
-        vae.to("cpu")                                                # leaves its room to the denoiser
-        experts.at(solver.timesteps[0].item())
-    with stage("denoise"):
-        latents = denoise(experts, solver, noise, clean, progress=lambda steps: progress(0, steps))
+    vae.to("cpu")                                                    # leaves its room to the denoiser
+    latents = run_sampler(experts, o, noise, stage, partial(progress, 0), keep, clean)
     with stage("decode"):
         vae.to(o.device)
         yield decode_frames(vae, [latents], o.frames)
@@ -395,6 +451,24 @@ def image_condition(vae, picture, frames):
 
 
 # ------------------------------------------------------------------------------------------------------- what every task does
+
+def run_sampler(experts, config, noise, stage, progress, keep, clean=None):
+    """The stages of one clip's denoising, from the step on at which an earlier run stopped -> latents.  Arguments as `denoise`"""
+    o, solver = config, make_solver(config.solver, config.steps, config.shift)
+    if saved := keep.load("steps", latents=noise.shape, x=noise.shape, step=()):
+        saved = {name: value.to(noise.device) for name, value in saved.items()}
+        noise, solver = saved["latents"], solver.restore(saved, int(saved["step"]))
+
+    def after_step(step, x):
+        if keep.due(step):
+            with stage("save"):
+                keep.save("steps", solver.state() | dict(latents=x, step=torch.tensor(step)))
+    with stage("load"):
+        if solver.begin < o.steps:
+            experts.at(solver.timesteps[solver.begin].item())
+    with stage("denoise"):
+        return denoise(experts, solver, noise, clean, progress, after_step)
+
 
 def encode_text(checkpoint, prompts, plan):
     """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""

@@ -28,7 +28,7 @@ from fast.estimate import estimate_seconds, forward_flops
 from fast.plan import RunConfig
 from fast.probe import cap_memory
 from jobs.explain import explain
-from jobs.record import difference, made_from, safely
+from jobs.parts import difference, made_from, safely
 from media.video import check_output
 
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".ac3", ".wma", ".mka")     # no films: those are results

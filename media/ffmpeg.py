@@ -7,11 +7,17 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 import imageio_ffmpeg
 
+LIMIT = 3600         # seconds that ffmpeg may take for anything: an hour of sound takes it less than a minute
 REMEDY = "pip install imageio-ffmpeg; without it sound must be wav, flac, ogg or mp3 and the output PNG frames, with a path that ends in /"
 # The clock of every sound: the timestamps of its packets, from the first on. Missing packets leave silence; where timestamps go back, as where
 # two files were joined, what follows is put behind what came before. Less than 20 ms is rounding.
@@ -31,13 +37,23 @@ class NoFFmpeg(OSError):
 
 
 def ffmpeg_command(*args):
+    """A command line for subprocess. The program ends with this process, however that ends, and does not read the terminal."""
     try:
         program = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
         program = ""
     if not shutil.which(program):
         raise NoFFmpeg(f"no ffmpeg program found: {REMEDY}")
-    return [program, "-nostdin", *args]
+    return [*with_parent(), str(os.getpid()), program, "-nostdin", *args]
+
+
+@cache
+def with_parent():
+    """What a command begins with so that the system kills it when its parent, whose number follows, is gone: before it has begun, too."""
+    if setpriv := shutil.which("setpriv"):                           # of util-linux
+        return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"']
+    program = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.getppid() == int(sys.argv[1]) and os.execv(sys.argv[2], sys.argv[2:])"
+    return [sys.executable, "-ISc", program]
 
 
 def source(path, kind="a"):
@@ -47,10 +63,44 @@ def source(path, kind="a"):
 
 def run(*args):
     """Run ffmpeg to its end -> what it wrote to stdout.  FFmpegError with ffmpeg's own last line if it fails."""
-    done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True)
+    try:
+        done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise FFmpegError(f"ffmpeg did not end within {LIMIT} s") from None
     if done.returncode:
         raise FFmpegError(f"ffmpeg failed: {last_line(done.stderr, done.returncode)}")
     return done.stdout.decode(errors="replace")
+
+
+@contextmanager
+def feeding(*args, folder, limit=LIMIT):
+    """A running ffmpeg, in `folder`, whose standard input the block writes. It is waited for at the block's end, and killed if that is left early.
+
+    Ctrl-C in a terminal does not reach it.  raises  FFmpegError with ffmpeg's own last line if it fails or takes more than `limit` seconds
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(ffmpeg_command("-v", "error", "-y", *args), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
+                                   cwd=folder, start_new_session=True)
+        late = threading.Event()
+        timer = threading.Timer(limit, lambda: (late.set(), process.kill()))
+        timer.daemon = True
+        try:
+            timer.start()
+            with suppress(BrokenPipeError):                          # it is gone, and says why below
+                yield process
+                process.stdin.close()
+            process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            with suppress(OSError):
+                process.stdin.close()
+        log.seek(0)
+        if late.is_set():
+            raise FFmpegError(f"ffmpeg did not end within {limit:g} s")
+        if process.returncode:
+            raise FFmpegError(f"ffmpeg failed: {last_line(log.read(), process.returncode)}")
 
 
 def last_line(stderr, code):

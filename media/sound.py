@@ -19,6 +19,7 @@ from media.ffmpeg import COUNTED, FFmpegError, NoFFmpeg, clock, decoded, ffmpeg_
 RATE = 16000         # Hz, what wav2vec2 was trained on
 MIN_SAMPLES = 720    # 45 ms: two wav2vec2 windows of 400 samples, 320 apart, the least that gives one audio frame at 30 a second
 BLOCK = 1 << 13      # native samples decoded at a time
+LOUDEST = 1e10       # of float samples: more than 32-bit integers written as floats
 CANCELS = 0.01       # channels cancel if their sum has less than this share of the power that it would have if they were independent
 
 
@@ -136,18 +137,21 @@ class Recording:
     seconds: float
     channel: int | None    # the only one heard, as the sum of all is silent; None: all
     clean: bool            # ffmpeg had nothing to complain of
+    peak: float = 1.0      # largest sample, where 1 is full scale
 
 
 def examine(path, say=lambda message: None):
     """Decode the whole of a sound -> Recording.  say: is given one line for each thing that is wrong with it"""
     check_source(path)
-    rate, total, power, sums, complaints = RATE, 0, np.zeros(1), 0.0, []
+    rate, total, power, sums, peak, complaints = RATE, 0, np.zeros(1), 0.0, 0.0, []
     for rate, block in decode(path, complaints):
         if rate < 1000:
             raise ValueError(f"wanted audio of 1 kHz or more, {path} says {rate} Hz: its header is damaged, export it again")
         total, added = total + len(block), np.einsum("nc,nc->c", block, block)
+        if LOUDEST < (top := float(np.abs(block).max(initial=0))) < math.inf:
+            raise ValueError(f"wanted audio in [-1, 1], {path} has samples of {top:.3g}: export it again")
         if np.isfinite(added).all():      # else refused later, if it is in the part that is used
-            power, mixed = power + added, block.sum(1)
+            power, mixed, peak = power + added, block.sum(1), max(peak, top)
             sums += float(mixed @ mixed)
     seconds, (wanted, certain), channel = total / rate, announced(path), None
     if len(power) > 1 and sums < CANCELS * power.sum():
@@ -160,7 +164,7 @@ def examine(path, say=lambda message: None):
         lost = wanted - seconds if short else silence_put_in(path, seconds)
         what = f"damaged, {lost:.2f} s of it are lost" if lost > 0.01 else "damaged or joined"
         say(f"ffmpeg reads {path} with errors ({complaints[0]}), it is {what}: using the {seconds:.2f} s it gives")
-    return Recording(rate, len(power), seconds, channel, not complaints and not (certain and short))
+    return Recording(rate, len(power), seconds, channel, not complaints and not (certain and short), peak)
 
 
 def cut(path, recording, start, duration):

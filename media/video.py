@@ -9,20 +9,25 @@ import math
 import os
 import secrets
 import shutil
-import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from media.ffmpeg import REMEDY, FFmpegError, ffmpeg_command, framecrc, last_line, probe, run, source
-from media.sound import Recording, cut, examine
+from jobs.parts import Parts, flush, safely
+from media.frames import read_frames
+from media.ffmpeg import LIMIT, REMEDY, FFmpegError, feeding, ffmpeg_command, framecrc, probe, run, source
+from media.sound import Recording, cut, examine, warn
 
 SUFFIXES = (".mp4", ".mov")
+LOUD = 4.0           # peaks of floats from here on are no loud music but another scale; at 1e7 the AAC encoder never ends
 MONO_STEREO = ("mono", "stereo")      # 7.1 AAC plays almost nowhere
 QUALITY = ["-c:v", "libx264", "-preset", "veryfast", "-crf", "10"]      # the official quality=8, but 1.2x the size in half the time
+PIXEL = 0.3          # bytes that a pixel takes so: the drawn faces 0.07, films 0.1 to 0.2 (white noise 0.9)
 # Tagged BT.709, so that players show the colours that went in; untagged files (the official ones) are guessed at by size.
 TO_YUV = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p," \
          "setparams=range=tv:color_primaries=bt709:color_trc=bt709:colorspace=bt709"
@@ -39,6 +44,7 @@ class Sound:
     start: float         # first second used
     seconds: float       # length used
     delay: float         # silence before it
+    loudness: float      # its peak, where 1 is full scale
     as_is: bool          # the whole file, not shifted nor damaged, AAC of one or two channels: every player has that; mp4 may hold more
 
     @property
@@ -59,7 +65,9 @@ def open_sound(path, start=0.0, duration=None, shift=0.0):
     whole = begin == 0 and shift <= 0 and end == length and recording.clean and recording.channel is None
     plays = info.audio_codec == "aac" and info.audio_layout in MONO_STEREO
     as_is = whole and plays and info.video_codec is None and _without_gaps(path)      # beside a picture, sound may not start at 0
-    return Sound(path, recording, begin, end - begin, max(0.0, shift), as_is)
+    if recording.peak > LOUD:
+        warn(f"{path} has samples up to {recording.peak:.3g}, where 1 is full scale: its sound is written {recording.peak:.3g} times quieter")
+    return Sound(path, recording, begin, end - begin, max(0.0, shift), recording.peak, as_is)
 
 
 def _without_gaps(path):
@@ -68,32 +76,32 @@ def _without_gaps(path):
     return all(abs(later[1] - earlier[1] - earlier[2]) * tick < 0.002 for earlier, later in zip(packets, packets[1:]))
 
 
-def add_sound(video, sound, seconds, target):
-    """Write `target`: the picture of `video` (copied), `seconds` long, and `sound`: copied if nothing has to be cut, otherwise as AAC of the
-    samples that the model hears."""
-    if sound.as_is and sound.end < seconds + 1e-3:
-        run("-y", "-i", video, *source(sound.path), "-map", "0:v:0", "-map", "1:a:0", "-c", "copy", *CONTAINER, target)
-        return
-    channels = 1 if sound.recording.channel is not None else sound.recording.channels
-    samples = ["-f", "f32le", "-ar", str(sound.recording.rate), "-ac", str(channels), "-i", "pipe:0"]
-    codec = ["-c:v", "copy", "-c:a", "aac", "-b:a", "192k", "-af", f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
-    command = ffmpeg_command("-v", "error", "-y", "-i", str(video), *samples, "-map", "0:v:0", "-map", "1:a:0", *codec, *CONTAINER, str(target))
-    with tempfile.TemporaryFile() as log:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log) as encoder:
-            try:
-                for part in cut(sound.path, sound.recording, sound.start, min(sound.seconds, seconds - sound.delay)):
-                    encoder.stdin.write(np.ascontiguousarray(part, "<f4"))
-            except BrokenPipeError:      # the encoder says why
-                pass
-            except BaseException:
-                encoder.kill()
-                raise
-        log.seek(0)
-        if encoder.returncode:
-            raise FFmpegError(f"ffmpeg failed: {last_line(log.read(), encoder.returncode)}")
+def mux(folder, files, fps, sound, seconds, target, limit=LIMIT):
+    """Write `target`: the pictures of `files`, one after the other and copied, `seconds` long in all, and a Sound, or None: copied if nothing has to
+    be cut, otherwise as AAC of the samples that the model hears.  folder: of `files` and `target`, which are names in it"""
+    (folder / "list.txt").write_text("".join(f"file '{name}'\n" for name in files))
+    picture, samples, out = ["-f", "concat", "-auto_convert", "0", "-i", "list.txt"], [], ["-map", "0:v:0", "-c:v", "copy"]
+    if len(files) > 1:      # frames come two before they are shown; a file of one frame knows of no such delay
+        out += ["-bsf:v", f"setts=pts=PTS:dts=round((N-2)/({fps}*TB))"]
+    if sound and sound.as_is and sound.end < seconds + 1e-3:
+        picture, out = [*picture, *source(sound.path)], [*out, "-map", "1:a:0", "-c:a", "copy"]
+    elif sound and sound.delay < seconds:
+        channels = 1 if sound.recording.channel is not None else sound.recording.channels
+        picture = [*picture, "-f", "f32le", "-ar", str(sound.recording.rate), "-ac", str(channels), "-i", "pipe:0"]
+        out += ["-map", "1:a:0", "-c:a", "aac", "-b:a", "192k",
+                "-af", f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
+        samples = cut(sound.path, sound.recording, sound.start, min(sound.seconds, seconds - sound.delay))
+    with feeding(*picture, *out, *CONTAINER, target, folder=folder, limit=limit) as encoder:
+        for part in samples:
+            encoder.stdin.write(np.ascontiguousarray(part / sound.loudness if sound.loudness > LOUD else part, "<f4"))
 
 
 # ---- out
+
+def encoder(path):
+    """What makes the parts of an output, in a word: parts of two programs must not be joined without encoding."""
+    return "png" if is_folder(path) else f"ffmpeg of {os.path.getsize(ffmpeg_command()[-2])} bytes"
+
 
 def is_folder(path):
     return str(path).endswith(("/", os.sep)) or os.path.isdir(path)
@@ -103,29 +111,57 @@ def check_output(path, need=2**24):
     """ValueError unless a video (or, for a folder, PNG frames) of about `need` bytes can be written. Call it before loading anything."""
     full = os.path.abspath(path)
     parent, folder = os.path.dirname(full), is_folder(path)
-    if folder and os.path.isdir(full) and os.listdir(full):
+    if folder and os.path.isdir(full) and os.listdir(full) and not is_finished(full):
         raise ValueError(f"{path} is a folder that is not empty: name a file, such as {os.path.join(path, 'out.mp4')}, "
                          "or an empty folder for PNG frames")
     if not folder and os.path.splitext(full)[1].lower() not in SUFFIXES:
         raise ValueError(f"cannot write {path}: wanted a name that ends in {' or '.join(SUFFIXES)}, or in / for a folder of PNG frames")
-    while not os.path.lexists(parent):      # missing folders are made when the first frame comes
+    while not os.path.lexists(parent):      # missing folders are made before the first frame comes
         parent = os.path.dirname(parent)
     if not os.path.isdir(parent):
         raise ValueError(f"cannot write {path}: {parent} is a file, not a folder: choose another name")
-    trial = _temporary(os.path.join(parent, "x"))
-    try:
-        with open(trial, "xb") as file:      # really tried: permission bits do not tell of read-only or full disks
-            file.write(bytes(2**16))
-    except OSError as error:
-        raise ValueError(f"cannot write into {parent} ({error.strerror}): choose another folder") from None
-    finally:
-        _remove(trial)
+    longest, length = os.pathconf(parent, "PC_NAME_MAX") - len(".partial9"), len(os.fsencode(os.path.basename(full)))
+    if length > longest:
+        raise ValueError(f"cannot write {path}: a name of at most {longest} bytes is wanted, this has {length}: choose a shorter one")
+    try_to_write(parent, "choose another folder")
+    try_to_write(temporary_folder(), "set TMPDIR to another folder")
     free = shutil.disk_usage(parent).free
     if free < need:
         raise ValueError(f"cannot write {path}: wanted about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: "
                          "make room or choose another disk")
     if not folder:
         _check_encoder()
+
+
+def is_finished(folder):
+    """Whether its PNG frames are all there, and only what the run had beside them is left over."""
+    return os.path.isfile(f"{folder}.parts/manifest.json") and not os.path.isdir(f"{folder}.parts/frames")
+
+
+def temporary_folder():
+    wanted = os.environ.get("TMPDIR")
+    try:
+        return wanted or tempfile.gettempdir()
+    except OSError as error:
+        raise ValueError(f"{error.strerror or error}: set TMPDIR to a folder with room") from None
+
+
+def try_to_write(folder, remedy):
+    """Really tried: permission bits do not tell of read-only or full disks."""
+    trial = os.path.join(folder, f".unfinished-{secrets.token_hex(4)}")
+    try:
+        with open(trial, "xb") as file:
+            file.write(bytes(2**16))
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder} ({error.strerror}): {remedy}") from None
+    finally:
+        with suppress(OSError):
+            os.remove(trial)
+
+
+def bytes_needed(size, frames, pictures=False):
+    """Of the disk, at most, for frames (height, width): as PNG; else as parts, as what plays of them, and as the video."""
+    return int(frames * size[0] * size[1] * (3.1 if pictures else 3 * PIXEL))
 
 
 def _check_encoder():
@@ -135,17 +171,6 @@ def _check_encoder():
         raise ValueError(f"no H.264 encoder (libx264) that works: {error}; {REMEDY}") from None
     except OSError as error:
         raise ValueError(error) from None
-
-
-def _temporary(path, suffix=""):
-    return os.path.join(os.path.dirname(path), f".unfinished-{secrets.token_hex(4)}{suffix}")
-
-
-def _remove(path):
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        os.remove(path)
 
 
 class VideoWriter:
@@ -158,144 +183,145 @@ class VideoWriter:
 
     path       .mp4 or .mov; a folder ("frames/", new or empty) takes every frame as 000000.png ... instead, and needs no ffmpeg
     start, duration  seconds of the sound file to use        av_offset  frames by which the sound comes later (< 0: earlier)
-    Everything is written under a temporary name beside `path` and renamed at the end. If the block is left by an exception (Ctrl-C too)
-    nothing stays behind, unless finish_partial() was called: it keeps what was written so far as out.partial.mp4.
-    A killed process leaves .unfinished-*.mp4, which is playable: the encoder ends the file when the pipe closes.
+    parts      where finished clips are (jobs/parts.py): after an exception they stay, and the same again goes on. None: nothing stays
+    need       bytes of the disk that must be free
+    Every clip is encoded alone and is safe when `write` returns. At the end they are joined, as they are, under a temporary name.
     raises     ValueError for wrong input, OSError when writing fails; both one line
     """
 
-    def __init__(self, path, size, fps=16, audio=None, start=0.0, duration=None, av_offset=0):
-        check_output(path)
+    def __init__(self, path, size, fps=16, audio=None, start=0.0, duration=None, av_offset=0, parts=None, need=2**24):
+        check_output(path, need)
         if not is_folder(path) and (size[0] % 2 or size[1] % 2):
             raise ValueError(f"H.264 (yuv420p) wants an even width and height, got {size[1]}x{size[0]}: write PNG frames instead")
         self.path, self.size, self.fps, self.as_frames = os.path.abspath(path), tuple(size), fps, is_folder(path)
         self.sound = None if audio is None or self.as_frames else open_sound(audio, start, duration, shift=av_offset / fps)
         self.limit = math.ceil(self.sound.end * fps - 1e-6) if self.sound else math.inf      # the last frame begins before the sound ends
-        self.temp = _temporary(self.path, "" if self.as_frames else ".mp4")
-        self.frames = self.dropped = 0      # written, and left out because the sound had ended
-        self.encoder = self.log = None
-        self.done, self.summary = False, ""
+        self.parts = parts or Parts(self.path)
+        self.dropped, self.summary, self.kept = 0, "", ""      # frames left out because the sound had ended; what to say at the end
+        self.playable, self.renew_after = 0, 0.0      # clips in out.partial.mp4, and when it may be made again
 
     def __enter__(self):
+        self.parts.open()
+        if not (self.parts.partial or self.as_frames):
+            stem, suffix = os.path.splitext(os.path.basename(self.path))
+            names = (f"{stem}.partial{n or ''}{suffix}" for n in itertools.count())
+            self.parts.partial = next(name for name in names if not self.parts.output.with_name(name).exists())      # one of another run stays
         return self
 
     def __exit__(self, kind, error, traceback):
         if kind is None:
             self.close()
         else:
-            self.abort()
+            self.leave()
 
     def write(self, clip):
         """Add a clip (3, P, H, W) in [-1, 1]. Values are truncated to 8 bits, not rounded, as the official save_video does."""
         if clip.ndim != 4 or clip.shape[0] != 3 or tuple(clip.shape[2:]) != self.size:
             raise ValueError(f"VideoWriter.write takes frames (3, P, {self.size[0]}, {self.size[1]}), got {tuple(clip.shape)}")
-        if not self.frames:
-            self._start()
-        for frame in clip.unbind(1):                                                 # (3, H, W)
-            if self.frames >= self.limit:
-                self.dropped += 1
-                continue
+        shown, path = int(min(clip.shape[1], max(0, self.limit - self.parts.frames))), None
+        with self.parts.errors():
+            if self.as_frames:
+                self._write_pictures(clip[:, :shown])
+            elif shown:
+                path = self.parts.folder / f"{self.parts.done:04d}.mp4"
+                with safely(path) as temporary:
+                    self._encode(clip[:, :shown], temporary.name)
+            self.parts.add(shown, path)
+        self.dropped += clip.shape[1] - shown
+
+    def _pictures(self, clip):
+        """-> (H, W, 3) uint8 of each frame"""
+        for n, frame in enumerate(clip.unbind(1), self.parts.frames):                # (3, H, W)
             if not torch.isfinite(frame).all():
-                raise ValueError(f"frame {self.frames} holds NaN or infinite values: nothing sensible can be written")
+                raise ValueError(f"frame {n} holds NaN or infinite values: nothing sensible can be written")
             frame = ((frame.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
-            self._put(frame.permute(1, 2, 0).contiguous().cpu().numpy())             # (H, W, 3)
-            self.frames += 1
+            yield frame.permute(1, 2, 0).contiguous().cpu().numpy()
+
+    def _encode(self, clip, name):
+        frames = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps)]
+        with feeding(*frames, "-i", "pipe:0", "-vf", TO_YUV, *QUALITY, *CONTAINER, name, folder=self.parts.folder) as encoder:
+            for frame in self._pictures(clip):
+                encoder.stdin.write(frame)
+
+    def _write_pictures(self, clip):
+        folder = self.parts.folder / "frames"
+        folder.mkdir(exist_ok=True)
+        for n, frame in enumerate(self._pictures(clip), self.parts.frames):
+            Image.fromarray(frame).save(folder / f"{n:06d}.png")
+            flush(folder / f"{n:06d}.png")
+        flush(folder)
+
+    def _join(self, name, limit=LIMIT):
+        """All clips so far with their sound -> path of a file in the parts folder."""
+        path = self.parts.folder / name
+        with safely(path) as temporary:
+            mux(self.parts.folder, [clip["file"] for clip in self.parts.clips if clip["file"]], self.fps, self.sound, self.parts.frames / self.fps,
+                temporary.name, limit)
+        return path
+
+    def renew_partial(self, limit=LIMIT):
+        """What is finished, as out.partial.mp4, to be watched: again after every clip, in at most a hundredth of the time."""
+        begin = time.monotonic()
+        if self.as_frames or not self.playable < self.parts.done < self.parts.total or begin < self.renew_after:
+            return
+        with self.parts.errors():
+            os.replace(self._join("partial.mp4", limit), self.parts.output.with_name(self.parts.partial))
+        self.playable, self.renew_after = self.parts.done, time.monotonic() + 99 * (time.monotonic() - begin)
 
     def close(self):
-        """Finish the file, add the sound, give it its name."""
-        if not self.done:
-            if not self.frames:
-                self.abort()
-                raise ValueError(f"no frames were made, {self.path} is not written")
-            self._finish(self.path)
-
-    def finish_partial(self):
-        """End early and keep the frames written so far, with their sound, as a valid file out.partial.mp4 (or folder) -> its path.
-        None if there are no frames to keep."""
-        if self.done or not self.frames:
-            self.abort()
-            return None
-        target = self._partial_name()
-        self._finish(target)
-        return target
-
-    def abort(self):
-        """Stop and leave nothing behind. Harmless after close() or finish_partial()."""
-        self.done = True
-        if self.encoder is not None:
-            self.encoder.kill()
-            self._wait()
-            self.log.close()
-        _remove(self.temp)
-
-    def _start(self):
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        if self.as_frames:
-            os.makedirs(self.temp, exist_ok=True)
-        elif self.encoder is None:
-            frames = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps)]
-            command = ffmpeg_command("-v", "error", *frames, "-i", "pipe:0", "-vf", TO_YUV, *QUALITY, *CONTAINER, self.temp)
-            self.log = tempfile.TemporaryFile()
-            self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.log,
-                                            start_new_session=True)      # Ctrl-C is ours to handle
-
-    def _put(self, frame):
-        if self.as_frames:
-            try:
-                Image.fromarray(frame).save(os.path.join(self.temp, f"{self.frames:06d}.png"))
-            except OSError as error:
-                self.abort()
-                raise OSError(f"cannot write {self.path}: {error.strerror or error}") from None
-            return
+        """Join the clips, add the sound, give the file its name."""
+        if not self.parts.frames:
+            self.leave()
+            raise ValueError(f"no frames were made, {self.path} is not written")
         try:
-            self.encoder.stdin.write(frame)
-        except OSError:      # the encoder is gone
-            self._failed()
-
-    def _wait(self):
-        """Close the pipe and wait for the encoder -> its exit status."""
-        try:
-            self.encoder.stdin.close()
-        except OSError:      # frames still in the pipe of a dead encoder
-            pass
-        return self.encoder.wait()
-
-    def _failed(self):
-        code = self._wait()
-        self.log.seek(0)
-        reason = last_line(self.log.read(), code)
-        self.abort()
-        raise OSError(f"cannot write {self.path}: the video encoder stopped ({reason})")
-
-    def _partial_name(self):
-        stem, suffix = os.path.splitext(self.path)
-        names = (f"{stem}.partial{n or ''}{suffix}" for n in itertools.count())
-        return next(name for name in names if not os.path.lexists(name))      # an earlier one may be all that someone has
-
-    def _finish(self, target):
-        seconds, muxed = self.frames / self.fps, _temporary(self.path, ".mp4")
-        try:
-            if self.encoder is not None and self._wait():
-                self._failed()
-            try:
-                if self.as_frames and os.path.isdir(target):
-                    os.rmdir(target)      # empty, see check_output
-                elif self.sound and self.sound.delay < seconds:
-                    add_sound(self.temp, self.sound, seconds, muxed)
-                    os.replace(muxed, self.temp)
-                os.replace(self.temp, target)
-            except (OSError, ValueError) as error:      # the picture is finished: hours of work are not thrown away for its sound or its name
-                kept = self._partial_name()
-                os.replace(self.temp, kept)
-                raise OSError(f"cannot finish {target} ({error}); the finished picture is kept as {kept}") from None
-        finally:
-            _remove(muxed)
-            self.abort()
-        self._summarise(target, seconds)
-
-    def _summarise(self, target, seconds):
-        self.summary = f"{target}: {self.frames} frames of {self.size[1]}x{self.size[0]}, {seconds:.3f} s at {self.fps:g} fps"
+            if self.as_frames:
+                self._take_pictures()
+            else:
+                os.replace(self._join("whole.mp4"), self.path)
+            flush(self.parts.output.parent)
+        except (OSError, ValueError) as error:      # hours of work are not thrown away for their sound or their name
+            self.parts.close()
+            raise OSError(f"cannot finish {self.path} ({error}); the finished clips are kept in {self.parts.folder}") from None
+        except BaseException:
+            self.leave()
+            raise
+        seconds = self.parts.frames / self.fps
+        self.summary = f"{self.path}: {self.parts.frames} frames of {self.size[1]}x{self.size[0]}, {seconds:.3f} s at {self.fps:g} fps"
         if self.dropped:
             self.summary += f"; {self.dropped} frames after the end of the sound left out"
         if self.sound and self.sound.end - seconds > 1 / self.fps:
             self.summary += f"; the last {self.sound.end - seconds:.3f} s of the sound have no picture and were cut"
+        self.parts.remove()
+
+    def _take_pictures(self):
+        made = self.parts.folder / "frames"
+        if made.is_dir():                          # else they were taken already, just before an end
+            if len(os.listdir(made)) != self.parts.frames:
+                raise ValueError(f"{made} holds {len(os.listdir(made))} frames, not {self.parts.frames}")
+            if self.parts.keep:
+                shutil.copytree(made, made := self.parts.folder / "copy", copy_function=os.link)
+            os.rename(made, self.path)             # an empty folder of that name gives way
+
+    def read_back(self):
+        """Yield the frames of the clips that an earlier run has finished, (3, P, H, W) in [-1, 1] each, as they were written."""
+        for clip in self.parts.clips:
+            if clip["file"]:
+                frames = list(read_frames(self.parts.folder / clip["file"]))
+                yield torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 127.5 - 1
+        if self.as_frames:
+            for path in sorted((self.parts.folder / "frames").glob("*")):
+                yield torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[:, None] / 127.5 - 1
+
+    def leave(self):
+        """End early; `kept` then says where what is finished is."""
+        parts = self.parts
+        if parts.lock is not None and parts.made is None:            # nobody could go on
+            parts.remove()
+        elif parts.lock is not None:
+            if parts.clips or parts.states:
+                with suppress(OSError, ValueError):
+                    self.renew_after = 0.0
+                    self.renew_partial(limit=5)
+                plays = f", to be watched as {parts.output.with_name(parts.partial)}" if self.playable else ""
+                self.kept = f"kept in {parts.folder} up to {parts.progress()}{plays}: the same command goes on"
+            parts.close()

@@ -245,10 +245,11 @@ def test_finished_clips_are_kept(tmp_path, monkeypatch, capsys, failure, said):
     fail_after_one_clip(monkeypatch, failure)
     code = sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), "--clips", "2", *QUICK])
     assert code == (130 if isinstance(failure, KeyboardInterrupt) else 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
-    assert probe(tmp_path / "out.partial.mp4").frames == 13
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4.parts", "out.partial.mp4"]
+    media = probe(tmp_path / "out.partial.mp4")
+    assert media.frames == 13 and abs(media.audio_duration - 13 / 16) < 0.01
     err = capsys.readouterr().err
-    assert "out.partial.mp4" in err and err.splitlines()[-1].startswith(said) and "and more" not in err
+    assert "out.mp4.parts up to clip 1 of 2" in err and "out.partial.mp4" in err and err.splitlines()[-1].startswith(said) and "and more" not in err
 
 
 def test_mistakes_of_the_code_show_themselves(tmp_path, monkeypatch):
@@ -256,7 +257,7 @@ def test_mistakes_of_the_code_show_themselves(tmp_path, monkeypatch):
     fail_after_one_clip(monkeypatch, RuntimeError("shape '[2]' is invalid for input of size 3"))
     with pytest.raises(RuntimeError, match="shape"):
         sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "out.mp4"), "--clips", "2", *QUICK])
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4.parts", "out.partial.mp4"]
 
 
 def test_a_mistake_in_a_block_shows_itself(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import convert_weights as convert
 from fast.probe import any_terminal
 from formats import checkpoints, foreign, names
+from jobs.lock import one_at_a_time
 from audio import AudioConfig
 from model import Config
 from text import TextConfig
@@ -159,16 +160,15 @@ def ensure_tiny(folder):
     if folder.name not in TINY:
         raise ValueError(f"no tiny checkpoint is called {folder.name}: choose one of {', '.join(TINY)}")
     config = folder / "config.json"
-    if config.is_file():
-        note = checkpoints.read_json(config).get("note") or ""
-        if note == RECIPE or not note.startswith(RECIPE.split(":")[0]):
-            return folder
-        shutil.rmtree(folder)
-    try:
+    with one_at_a_time(folder.parent):
+        for rest in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(rest, ignore_errors=True)                      # of a program that was killed
+        if config.is_file():
+            note = checkpoints.read_json(config).get("note") or ""
+            if note == RECIPE or not note.startswith(RECIPE.split(":")[0]):
+                return folder
+            shutil.rmtree(folder)
         convert.new_folder(folder, 2**25, partial(write_tiny, TINY[folder.name]))
-    except (ValueError, OSError):
-        if not config.is_file():                                         # else another program was faster
-            raise
     return folder
 
 
