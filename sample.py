@@ -37,6 +37,7 @@ EXAMPLES = """examples
   python sample.py --audio voice.m4a --image face.jpg --ckpt Wan2.2-S2V-14B --prompt "a woman is singing"
   python sample.py --audio talk.mp3 --start 12.5 --duration 10 --image face.png --seed 7 --out talk.mp4
   python sample.py --audio voice.wav --image face.png --ckpt Wan2.2-S2V-14B --size 1280x704 --pose-video dance.mp4
+  python sample.py --batch talks/ --image face.png --out videos/           every sound of a folder; or --batch jobs.jsonl
   python sample.py --ckpt weights/tiny-t2v --prompt "a cat on a roof"      (also weights/tiny-i2v, weights/tiny-ti2v)
 """
 
@@ -81,8 +82,8 @@ def parser():
     g.add_argument("--pose-video", metavar="FILE", help="video whose motion is followed, sampled at 16 fps (default: none)")
     g.add_argument("--start", type=float, default=0.0, help="seconds to skip in the audio (default: 0)")
     g.add_argument("--duration", type=float, help="seconds of the audio to use (default: to its end)")
-    g.add_argument("--batch", metavar="FILE", help="make many videos. FILE has a job a line, as JSON: options under their long names, which go "
-                   "before those given here: {\"audio\": \"a.wav\", \"image\": \"b.png\", \"out\": \"x.mp4\", \"seed\": 3}, names of files as seen "
+    g.add_argument("--batch", metavar="FILE", help="make many videos. FILE has a job a line, as JSON: options under their long names, which "
+                   "override those given here: {\"audio\": \"a.wav\", \"image\": \"b.png\", \"out\": \"x.mp4\", \"seed\": 3}, names of files as seen "
                    "from the folder of FILE. Or a folder, for a job per sound in it; --image is then a picture, or a folder with a picture of "
                    "the same name for each. --out is a folder, ending in / (default: that of FILE). A bad job gets its line, the others go on; "
                    "FILE.summary.json, or batch.json in the folder, says how all stand; the same command again makes what is missing. Exit "
@@ -234,7 +235,7 @@ def cli(argv=None):
 
 
 def run(argv):
-    """-> exit status, without the signals' part of it"""
+    """-> exit status; errors of the input and of the machine are a line"""
     args = None
     try:
         return main(args := parser().parse_args(argv))

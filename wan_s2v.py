@@ -337,7 +337,7 @@ def generate_s2v(checkpoint, plan, stage, progress, keep=NOTHING):
     with stage("audio"):
         from fast.hearing import Hearing                             # here: importing `sample` does not need it
         audio = Hearing(plan.sound, checkpoint.configs["audio"], lambda: checkpoint.load("audio", o.device, torch.float32), o.device, FPS, n)
-        audio(0, n)                                                  # before other networks need the device
+        audio(keep.done * n, keep.done * n + n)                      # before other networks need the device
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
         picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]

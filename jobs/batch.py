@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from io import StringIO
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from fast.estimate import estimate_seconds, forward_flops
 from fast.plan import RunConfig
 from fast.probe import cap_memory
+from jobs import lock, stop
 from jobs.explain import explain
 from jobs.parts import difference, made_from, safely
 from media.video import check_output
@@ -60,14 +61,32 @@ class Job:
 def run_batch(args, program):
     """args: of the command line; program: the module sample.py, under whatever name it runs -> exit status, 0 if all jobs are done"""
     folder, jobs = read_jobs(args)
-    summary = Summary(Path(args.batch, "batch.json") if folder is args.batch else Path(f"{args.batch}.summary.json"), jobs)
-    try:
-        check_all(jobs, args, folder, program, summary)
-        make_all(jobs, program, summary)
-    finally:
-        summary.write()
-        print(summary)
+    path = Path(args.batch, "batch.json") if folder is args.batch else Path(f"{args.batch}.summary.json")
+    with only_one(path):
+        summary = Summary(path, jobs)
+        try:
+            check_all(jobs, args, folder, program, summary)
+            make_all(jobs, program, summary)
+        finally:
+            summary.write()
+            print(summary)
     return 0 if all(job.state.startswith("done") for job in jobs) else 2
+
+
+@contextmanager
+def only_one(path):
+    """A batch is made by one process at a time.  raises ValueError naming the other, or if the summary's folder cannot be written"""
+    file = path.with_name(f".{path.name}.lock")
+    try:
+        held = lock.take(file)
+    except OSError as error:
+        raise ValueError(f"cannot write beside {path} ({error.strerror}), which says what is done: copy the batch to a folder that can be "
+                         "written") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.give(held)
 
 
 # ------------------------------------------------------------------------------------------------------------------ what is to be done
@@ -200,6 +219,8 @@ def guarded(job, do):
     try:
         do()
     except Exception as error:
+        if stop.number:                                              # a signal may show itself as an error of what it has ended
+            raise
         job.state, job.said = "failed", explain(error, job.args)
         if job.said is None:
             traceback.print_exc()
@@ -265,10 +286,7 @@ class Summary:
             pass
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is no summary of a batch: move it") from None
-        try:
-            self.write()
-        except OSError as error:
-            raise ValueError(f"cannot write {path} ({error.strerror}), which says what is done: copy the batch to a folder that can be written") from None
+        self.write()
 
     def key(self, job):
         return os.path.relpath(os.path.realpath(job.out), os.path.realpath(self.path.parent))        # so that the folder can be moved

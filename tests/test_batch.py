@@ -4,6 +4,7 @@
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -210,12 +211,15 @@ def test_jobs_of_a_checkpoint_are_made_together(tmp_path, made, monkeypatch):
     assert made == ["0.mp4", "2.mp4", "1.mp4", "3.mp4"] and len(kept) == 2
 
 
-def test_networks_of_a_batch_are_loaded_once(tmp_path, monkeypatch):
+def test_networks_of_a_batch_are_loaded_once(tmp_path, monkeypatch, capsys):
+    """And every job says what it is and how long all of them will take."""
     loaded, load = [], Checkpoint.load
     monkeypatch.setattr(Checkpoint, "load", lambda self, name, *how: loaded.append(name) or load(self, name, *how))
     sounds(tmp_path, "a.wav", "b.wav")
     assert sample.cli(write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}, {"audio": "b.wav"}])) == 0
     assert sorted(loaded) == ["audio", "denoiser_high", "text", "vae"]          # one step: one expert
+    lines = re.findall(r"^job .*", capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == 2 and re.fullmatch(r"job 2/2  b\.wav -> \S+/b\.mp4, about \d\d:\d\d left for all", lines[1]), lines
 
 
 # ------------------------------------------------------------------------------------------------------------- from Python
