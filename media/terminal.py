@@ -39,8 +39,8 @@ class Printed:
         try:
             call(*args)
         except (OSError, ValueError):                                # ValueError: it was closed
-            with suppress(OSError, ValueError):                      # what waits in its buffer goes nowhere, then and at the end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:        # where what waits in its buffer goes, then and at the end
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 def any_letters():
