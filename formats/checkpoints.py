@@ -262,6 +262,9 @@ def open_checkpoint(folder, files=()):
     if folder.suffix == ".gguf" and folder.is_file():
         folder, files = folder.parent, [folder, *files]
     if not folder.is_dir():
+        from formats import foreign
+        if said := foreign.by_its_first_bytes(folder):
+            raise ValueError(said)
         what = "a file: give the folder of the other components first" if folder.exists() else "not there"
         raise ValueError(f"wanted a checkpoint folder, got {folder}, which is {what}")
     if files:

@@ -247,6 +247,8 @@ def test_folder_of_pointers(s2v):
     for name in files:
         (s2v / name).write_bytes(POINTER)
     refusal(s2v, "without Git LFS", "git lfs pull", *files)
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the file itself: run git lfs pull"):
+        checkpoints.open_checkpoint(s2v / files[0])                  # given itself in place of its folder
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
