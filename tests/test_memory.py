@@ -64,7 +64,7 @@ def test_features_of_windows_are_those_of_the_whole(window, clip_frames, duratio
 def test_windows_are_encoded_once_and_only_those_that_clips_need():
     model, encoded = encoder(), []
     hearing = Hearing(open_speech(VOICE, keep=0), model.config, lambda: encoded.append(1) or model, CPU, 16, 4, window=1)
-    assert len(hearing.windows) == 6
+    assert len(hearing.windows) == 5
     for n in range(6):
         hearing(4 * n, 4 * n + 4)
     assert len(encoded) == 2                                         # 1.5 s; a window keeps 0.84 s
@@ -102,13 +102,13 @@ def test_frames_of_earlier_clips_are_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(wan_s2v.Progress, "__str__", lambda self: "no steps")
     options = ["--audio", VOICE, "--image", FACE, "--size", "64x64", "--clip-frames", "16", "--steps", "1"]
     assert sample.cli([*options, "--out", str(tmp_path / "a.mp4")]) == 0
-    assert len(most) == 5 and max(most) <= 2
+    assert len(most) == 4 and max(most) <= 2
     pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
     job = dict(audio_path=VOICE, image_path=FACE, height=64, width=64, clip_frames=16, num_inference_steps=1, quiet=True)
-    for keep, held in ((False, 2), (True, 5)):
+    for keep, held in ((False, 2), (True, 4)):
         most.clear()
         pipeline(**job, keep_frames=keep, out=str(tmp_path / "b.mp4"))
-        assert len(most) == 5 and max(most) == held
+        assert len(most) == 4 and max(most) == held
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
