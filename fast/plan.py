@@ -335,7 +335,7 @@ def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
     choices = [(way, config.resident) for way in ways]
     if config.resident is None:
-        choices += [(ways[-1], resident) for resident in range(n - 1, -1, -1)]
+        choices += [(way, resident) for resident in range(n - 1, -1, -1) for way in ways]
     for way, resident in choices:
         chosen = MemoryPlan(resident=resident, blocks=n, fp8=fp8, **way)
         weights, pinned, _ = weigh_expert(resident)
