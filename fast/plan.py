@@ -170,7 +170,7 @@ class Plan:
             if heard > shown + 1e-3:
                 cut = f": the last {heard - shown:.2f} s of the sound are left out"
             elif shown - heard >= 1 / FPS:
-                cut = f"; the mp4 ends with the sound, after {heard:.2f} s"
+                cut = f"; an mp4 ends with the sound, after {heard:.2f} s"
             elif self.held:
                 cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
         tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
@@ -244,7 +244,10 @@ def frame_size(o, kind, stride):
         picture, area = load_image(o.image), width * height
         own = rule(picture.height, picture.width, area, step=step * stride)
         if kind != "s2v" or picture.width * picture.height >= area:
-            return *own, ()
+            seen = min(1, picture.height / picture.width / own[0] * own[1]), min(1, picture.width / picture.height / own[1] * own[0])
+            cut = kind != "i2v" and not o.official and min(seen) < 0.9
+            return *own, (f"picture  {picture.width}x{picture.height}, of which the middle {picture.width * seen[0]:.0f}x{picture.height * seen[1]:.0f} "
+                          "is seen",) * cut
         times = math.ceil(math.sqrt(area / (picture.width * picture.height)))             # at least the area, which the rule then cuts down to
         large = rule(picture.height * times, picture.width * times, area, step=step * stride)
         if o.enlarge or math.prod(large) <= math.prod(own):
