@@ -39,18 +39,19 @@ from model import expert_index
 
 # ------------------------------------------------------------------------------------------------------------------ the sampler
 
-def denoise(experts, solver, noise, clean=None, progress=iter):
+def denoise(experts, solver, noise, clean=None, progress=iter, velocity=None):
     """Integrate the flow from noise to latents.
 
     experts   Experts, after `begin`        solver    from make_solver        noise  (B, z, T, H, W)
     clean     (B, z, n, H, W) latents of known first frames (TI2V), or None
     progress  wraps the list of steps, for a progress bar
+    velocity  function (x, t, *what `experts.at` gives) -> velocity; None: guided_velocity, fast/caching.py has others
     returns   (B, z, T, H, W) float32
     """
     x = keep_clean_frames(noise.float(), clean)
     for i, t in progress(list(enumerate(solver.timesteps.tolist()))):
-        velocity = guided_velocity(x, t, *experts.at(t))
-        x = keep_clean_frames(solver.step(velocity, i, x), clean)
+        v = (velocity or guided_velocity)(x, t, *experts.at(t))
+        x = keep_clean_frames(solver.step(v, i, x), clean)
     experts.end()
     return x
 
