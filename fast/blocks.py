@@ -152,14 +152,23 @@ class FastDenoiser:
     @torch.no_grad()
     def __call__(self, latents, t, cond):
         """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32"""
-        net, chunks, (T, h, w) = self.net, make_chunks(cond.segments, self.chunk), cond.grid
-        e, mod = net.modulations(t)                                  # (B, R, C), (B, R, 6, C)
-        x = net.embed(latents, cond)                                 # (B, N, C), which no one else holds
-        with attention_backend(latents.device):
-            for layer, block in enumerate(net.blocks):               # a ModuleList, or offload.py's stream of blocks
+        e, mod = self.net.modulations(t)                             # (B, R, C), (B, R, 6, C)
+        x = self.net.embed(latents, cond)                            # (B, N, C), which no one else holds
+        self.run_blocks(x, mod, cond)
+        return self.velocity(x, e, cond)
+
+    def run_blocks(self, x, mod, cond):
+        """All blocks in place of x (B, N, C)"""
+        chunks = make_chunks(cond.segments, self.chunk)
+        with attention_backend(x.device):
+            for layer, block in enumerate(self.net.blocks):          # a ModuleList, or offload.py's stream of blocks
                 self.block(block, x, block.modulations(mod), cond, layer, chunks)
-        video = [chunk for chunk in chunks if chunk.stop <= T * h * w]
-        return unpatchify(torch.cat([net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in video], dim=1), cond.grid)
+
+    def velocity(self, x, e, cond):
+        """What comes out of the last block (B, N, C) -> velocity (B, out_dim, T, H, W) float32"""
+        T, h, w = cond.grid
+        video = [chunk for chunk in make_chunks(cond.segments, self.chunk) if chunk.stop <= T * h * w]
+        return unpatchify(torch.cat([self.net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in video], dim=1), cond.grid)
 
     def block(self, block, x, mod, cond, layer, chunks):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
@@ -167,10 +176,14 @@ class FastDenoiser:
         y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype)
         for a, b, r in chunks:
             self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
-        if block.inject is None:
-            return
-        T, hw = cond.grid[0], cond.grid[1] * cond.grid[2]
-        step = max(1, (chunks[0].stop - chunks[0].start) // hw)        # as many latent frames at a time as a chunk holds
+        del y
+        if block.inject is not None:
+            self.audio_layer(block, x, audio, adain, cond.grid, chunks[0].stop - chunks[0].start)
+
+    def audio_layer(self, block, x, audio, adain, grid, size):
+        """Block.audio_cross_attention in place of x, as many latent frames at a time as `size` tokens hold."""
+        T, hw = grid[0], grid[1] * grid[2]
+        step = max(1, size // hw)
         for f in range(0, T, step):
             self.audio_cross_attention(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])
 
