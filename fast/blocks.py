@@ -48,6 +48,27 @@ def make_chunks(segments, size=None):
     return tuple(chunks)
 
 
+class Frames(NamedTuple):
+    """Tokens start..stop, which lie in latent frames first..end: whole frames, or a part of one."""
+    start: int
+    stop: int
+    first: int
+    end: int
+
+
+def make_frames(tokens, hw, size, skip=0):
+    """Cut video tokens, the first of which has `skip` tokens of its latent frame before it, into whole frames, as many at a time as `size` tokens
+    hold, and what is left of one at either end -> (Frames, ...)"""
+    parts, start = [], 0
+    while start < tokens:
+        first, gone = divmod(skip + start, hw)
+        n = 1 if gone else min(max(1, size // hw), max(1, (tokens - start) // hw))
+        stop = min(tokens, start + n * hw - gone)
+        parts.append(Frames(start, stop, first, first + n))
+        start = stop
+    return tuple(parts)
+
+
 # ------------------------------------------------------------------------------------------------------ attention, exact, in place
 
 def attention_backend(device):
@@ -152,27 +173,33 @@ class FastDenoiser:
     @torch.no_grad()
     def __call__(self, latents, t, cond):
         """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32"""
-        net, chunks, (T, h, w) = self.net, make_chunks(cond.segments, self.chunk), cond.grid
+        return unpatchify(self.tokens(latents, t, cond), cond.grid)
+
+    def tokens(self, latents, t, cond, skip=0):
+        """What the head says of every video token (B, L, 4*out_dim).
+
+        skip  the first tokens of the grid that are left out: cond.segments and cond.rope begin behind them, and may end in the midst of the video
+        """
+        net, (T, h, w) = self.net, cond.grid
+        chunks = make_chunks(cond.segments, self.chunk)
+        video = min(T * h * w - skip, chunks[-1].stop)               # L
+        frames = make_frames(video, h * w, chunks[0].stop, skip)
         e, mod = net.modulations(t)                                  # (B, R, C), (B, R, 6, C)
-        x = net.embed(latents, cond)                                 # (B, N, C), which no one else holds
+        x = net.embed(latents, cond)[:, skip:skip + chunks[-1].stop]             # (B, N, C), which no one else holds
         with attention_backend(latents.device):
             for layer, block in enumerate(net.blocks):               # a ModuleList, or offload.py's stream of blocks
-                self.block(block, x, block.modulations(mod), cond, layer, chunks)
-        video = [chunk for chunk in chunks if chunk.stop <= T * h * w]
-        return unpatchify(torch.cat([net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in video], dim=1), cond.grid)
+                self.block(block, x, block.modulations(mod), cond, layer, chunks, frames)
+        mine = [chunk for chunk in chunks if chunk.stop <= video] or [Chunk(0, 0, 0)]
+        return torch.cat([net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in mine], dim=1)
 
-    def block(self, block, x, mod, cond, layer, chunks):
+    def block(self, block, x, mod, cond, layer, chunks, frames):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
         text, audio, adain = cond.layers[layer]
         y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype)
         for a, b, r in chunks:
             self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
-        if block.inject is None:
-            return
-        T, hw = cond.grid[0], cond.grid[1] * cond.grid[2]
-        step = max(1, (chunks[0].stop - chunks[0].start) // hw)        # as many latent frames at a time as a chunk holds
-        for f in range(0, T, step):
-            self.audio_cross_attention(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])
+        for a, b, first, end in frames if block.inject is not None else ():
+            self.audio_cross_attention(block, x[:, a:b], audio[:, :, first:end], adain[:, :, first:end])
 
     def self_attention(self, block, x, mod, rope, layer, chunks, dtype):
         """-> (B, N, C), in the place of the queries; keys and values are free again when it returns"""

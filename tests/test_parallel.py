@@ -1,0 +1,131 @@
+"""Several processes make what one makes.  pytest tests/test_parallel.py; RANKS=6 for more of them"""
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import golden_rows, on_ranks
+from test_model import SMALL, TASKS
+
+from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut
+from model import Config, Denoiser
+from test_parity import GOLDEN
+from vae import VAE, VAEConfig
+
+PIPELINES = [path.stem for path in sorted(GOLDEN.glob("*.json")) if path.stem.startswith(("pipeline", "moe"))]
+SPLITS = [(2, 1), (1, 2), (1, 3), (2, 2), (1, 4)]
+TOLERANCE = 1e-5
+
+
+def gap(got, want):
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+# ---- whole pipelines, as the official code made them
+
+@pytest.mark.parametrize("split", [(2, 1), (1, 2), (2, 2)], ids=str)
+def test_every_pipeline_of_the_official_code(split, tmp_path):
+    """These networks have 4 heads: S2V with its later clip, start from reference and pose, two-expert T2V, I2V, TI2V with its clean frame."""
+    for rows in on_ranks(split[0] * split[1], tmp_path, golden_rows, split, PIPELINES):
+        assert rows.keys() == set(PIPELINES)
+        for name in PIPELINES:
+            assert rows[name] and all(row.ok for row in rows[name]), "\n".join(map(str, rows[name]))
+
+
+# ---- the denoiser
+
+def nets():
+    """A network of 12 heads for each task, with clips whose tokens no number of ranks divides -> [(name, net, latents, arguments of prepare)]"""
+    for task in TASKS:
+        torch.manual_seed(0)
+        net = Denoiser(Config(**SMALL | dict(n_head=12), **TASKS[task])).eval().requires_grad_(False)
+        for name, p in net.named_parameters():
+            if name.endswith(("modulation", "mix")):
+                torch.nn.init.normal_(p, std=0.3)
+        cfg, g = net.cfg, torch.Generator().manual_seed(1)
+        T, H, W = (3, 8, 8) if task == "s2v" else (5, 10, 6)
+        def randn(*shape): return torch.randn(1, *shape, generator=g)
+        given = dict(shape=(T, H, W), text=randn(5, cfg.text_dim))
+        if task == "s2v":
+            given |= dict(audio=randn(cfg.audio_states, cfg.audio_dim, 4 * T), ref=randn(cfg.out_dim, 1, H, W))
+            cases = [dict(), dict(motion=randn(cfg.out_dim, 19, H, W), pose=randn(cfg.pose_dim, T, H, W))]
+        elif task == "i2v":
+            cases = [dict(image=randn(20, T, H, W))]
+        else:
+            cases = [dict(), dict(clean_frames=1)] if task == "ti2v" else [dict()]
+        latents = randn(cfg.out_dim, T, H, W)
+        for case in cases:
+            yield f"{task} {', '.join(case)}", net, latents, given | case
+
+
+def velocities(rank, split):
+    """-> {case: gaps of both branches to one process}"""
+    ranks, gaps, t = Ranks(rank, split), {}, torch.tensor([700.0])
+    for name, net, latents, given in nets():
+        other = given | dict(text=given["text"].flip(1)) | (dict(audio=0 * given["audio"]) if "audio" in given else {})
+        want = [net(latents, t, net.prepare(**case)) for case in (given, other)]
+        shared = ParallelDenoiser(net, ranks=ranks, chunk=13)
+        run, uncond = shared.prepare(**given), shared.prepare(**other)
+        got = [*shared.both(latents, t, run, uncond), shared(latents, t, run)]                       # the last: without guidance
+        gaps[name] = [gap(*pair) for pair in zip(got, [*want, want[0]], strict=True)]
+    return gaps
+
+
+@pytest.mark.parametrize("split", SPLITS + [(2, 3), (1, 6), (1, 12)] * ("RANKS" in os.environ), ids=str)
+def test_the_velocity_of_every_task(split, tmp_path):
+    for found in on_ranks(split[0] * split[1], tmp_path, velocities, split):
+        print(found)
+        assert len(found) == 6 and all(each < TOLERANCE for gaps in found.values() for each in gaps), found
+
+
+def test_runs_cover_every_token_once():
+    """In order, none longer than another by more than one; and the frames of a run hold its video tokens."""
+    for name, net, latents, given in nets():
+        cond = net.prepare(**given)
+        N, hw = sum(n for n, _ in cond.segments), cond.grid[1] * cond.grid[2]
+        for runs in (1, 2, 3, 5, 7, 12, N):
+            parts = [cut(cond, i, runs) for i in range(runs)]
+            assert torch.equal(torch.cat([part.cond.rope for part in parts], dim=1), cond.rope) and sum(parts[0].lengths) == N
+            assert max(parts[0].lengths) - min(parts[0].lengths) <= 1 and sum(parts[0].video) == cond.grid[0] * hw
+            rows = [row for part in parts for n, row in part.cond.segments for _ in range(n)]
+            assert rows == [row for n, row in cond.segments for _ in range(n)], name
+            x = torch.cat([net.embed(latents[:, :, part.frames], part.cond)[:, part.skip:part.skip + n] for part, n in zip(parts, parts[0].lengths)], 1)
+            assert gap(x, net.embed(latents, cond)) < 1e-6
+
+
+@pytest.mark.parametrize("ranks, mode, heads, guidance, split", [
+    (2, "auto", 40, (4.5,), (2, 1)), (4, "auto", 40, (4.5,), (2, 2)), (8, "sequence", 40, (4.5,), (1, 8)), (5, "auto", 40, (4.5,), (1, 5)),
+    (4, "auto", 40, (1.0,), (1, 4)), (4, "auto", 40, (1.0, 4.0), (1, 4)), (16, "auto", 40, (4.5,), (2, 8)), (8, "auto", 24, (5.0,), (2, 4))])
+def test_how_ranks_are_split(ranks, mode, heads, guidance, split):
+    assert choose_split(ranks, mode, heads, guidance) == split
+
+
+def test_ranks_that_do_not_divide_the_heads():
+    with pytest.raises(ValueError, match="3 ranks do not divide the 40 heads of this network: start 1, 2, 4, 5, 8, 10, 16, 20, 40, 80 of them"):
+        choose_split(3, "auto", 40, (4.5,))
+    with pytest.raises(ValueError, match="start 1, 2, 4, 5, 8, 10, 20, 40 of them"):
+        choose_split(16, "sequence", 40, (4.5,))
+    with pytest.raises(ValueError, match="an even number of ranks and a guidance above 1, got 3 ranks"):
+        choose_split(3, "guidance", 40, (4.5,))
+
+
+# ---- the VAE
+
+def coded(rank, split):
+    """-> gaps of encoding and decoding to one process"""
+    torch.manual_seed(0)
+    vae, gaps = VAE(replace(VAEConfig(), dim=8, dec_dim=8)), []
+    video, z = torch.rand(1, 3, 9, 88, 104) * 2 - 1, torch.randn(1, 16, 3, 11, 13)
+    want = vae.encode(video), vae.decode(z)
+    vae.ranks = Ranks(rank, split)
+    for tiles in (1, 5):
+        vae.tiles = tiles
+        gaps += [gap(got, one) for got, one in zip((vae.encode(video), vae.decode(z)), want)]
+    return gaps
+
+
+@pytest.mark.parametrize("split", [(1, 3), (2, 2)], ids=str)
+def test_tiles_of_the_vae(split, tmp_path):
+    for gaps in on_ranks(split[0] * split[1], tmp_path, coded, split):
+        print(gaps)
+        assert max(gaps) < TOLERANCE
