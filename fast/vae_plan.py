@@ -11,10 +11,10 @@ VAE_OVERHEAD = 0.3 * GIB
 VAE_WORKSPACE = 1.2          # of convolution kernels and the allocator: an H200 reserved 1.12 to 1.22 times the bytes counted, in tiles of an encoder 1.34
 
 
-def vae_cuts(config, H, W, dtype):
-    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
+def vae_cuts(config, H, W, dtype, ranks=1):
+    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile for each rank to as many as help"""
     return [(tiles, VAE_WORKSPACE * vae_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
-            for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
+            for tiles in (ranks * n for n in (1, 2, 3, 4, 6, 8, 12, 16)) if tiles <= max(H, W)]
 
 
 def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):

@@ -6,7 +6,7 @@ import secrets
 from contextlib import contextmanager
 from dataclasses import fields
 
-FREE = ("device", "compile", "resident", "size", "enlarge", "audio", "image", "pose_video", "clips", "frames")      # see `made_from`
+FREE = ("device", "compile", "resident", "size", "enlarge", "audio", "image", "pose_video", "clips", "frames", "split")      # see `made_from`
 
 
 @contextmanager
