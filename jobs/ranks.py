@@ -23,7 +23,7 @@ from fast.probe import pick_device
 from jobs.explain import explain
 
 BEAT, SILENT = 0.5, 20.0     # seconds between two signs of life, and without one until a rank is given up
-INTERRUPT, EXIT = 5.0, 20.0  # seconds from a failure elsewhere until the work is interrupted, and until the process ends; torchrun kills after 30
+INTERRUPT, EXIT = 10.0, 25.0 # seconds from a failure elsewhere until the work is interrupted, and until the process ends; torchrun kills after 30
 
 
 class World:
@@ -102,6 +102,9 @@ class World:
         """An exception has ended the work of this rank -> exit status. What comes from an exchange that broke off is another rank's failure."""
         line, stopped = explain(error, args), isinstance(error, KeyboardInterrupt)
         try:
+            self.name_the_dead()
+            if self.has("failed"):
+                return 2
             if stopped or line is None and isinstance(error, RuntimeError):
                 for _ in range(int(INTERRUPT / BEAT)):
                     self.name_the_dead()

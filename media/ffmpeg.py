@@ -47,7 +47,7 @@ def source(path, kind="a"):
 
 def run(*args):
     """Run ffmpeg to its end -> what it wrote to stdout.  FFmpegError with ffmpeg's own last line if it fails."""
-    done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True)
+    done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True)
     if done.returncode:
         raise FFmpegError(f"ffmpeg failed: {last_line(done.stderr, done.returncode)}")
     return done.stdout.decode(errors="replace")

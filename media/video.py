@@ -79,7 +79,7 @@ def add_sound(video, sound, seconds, target):
     codec = ["-c:v", "copy", "-c:a", "aac", "-b:a", "192k", "-af", f"adelay={1000 * sound.delay:.3f}:all=1,aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
     command = ffmpeg_command("-v", "error", "-y", "-i", str(video), *samples, "-map", "0:v:0", "-map", "1:a:0", *codec, *CONTAINER, str(target))
     with tempfile.TemporaryFile() as log:
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log) as encoder:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True) as encoder:
             try:
                 for part in cut(sound.path, sound.recording, sound.start, min(sound.seconds, seconds - sound.delay)):
                     encoder.stdin.write(np.ascontiguousarray(part, "<f4"))
