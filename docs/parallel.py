@@ -30,10 +30,10 @@ def arrow(x1, y, x2, above, below):
 def figure():
     top, height = 92, N * CELL
     left, middle, right, wide = 150, 480, 810, HEADS * CELL
-    yield '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1060 560" font-family="Helvetica, Arial, sans-serif">'
+    yield '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1100 560" font-family="Helvetica, Arial, sans-serif">'
     yield ('<defs><marker id="a" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L10 5L0 10z" '
            'fill="#556"/></marker></defs><style>.b{font-size:14px;font-weight:bold;fill:#223} .s{font-size:12.5px;fill:#334} '
-           '.w{fill:none;stroke:#556;stroke-width:1.6}</style><rect width="1060" height="560" fill="white"/>')
+           '.w{fill:none;stroke:#556;stroke-width:1.6}</style><rect width="1100" height="560" fill="white"/>')
     yield text(530, 28, "One half: four ranks share 33 tokens and 8 heads. The other half does the same for the other branch of guidance.", "b")
     for x, words, owner in ((left, "token by token", lambda n, k: run_of(n)), (middle, "attend", lambda n, k: k * RUNS // HEADS),
                             (right, "token by token", lambda n, k: run_of(n))):
@@ -57,9 +57,9 @@ def figure():
         yield f'<rect x="150" y="{y - 10}" width="12" height="12" fill="{COLORS[rank]}"/>'
         a, b = EDGES[rank], EDGES[rank + 1]
         yield text(172, y, f"rank {rank}: tokens {a} to {b - 1} ({b - a}), then heads {2 * rank} and {2 * rank + 1} of all 33", "s", "start")
-    yield text(620, foot, "red: latent frames of 6 tokens; rank 1 begins in the midst of frame 1,", "s", "start")
-    yield text(620, foot + 18, "so it keeps the audio of frames 1 and 2 and needs no exchange for it", "s", "start")
-    yield text(620, foot + 36, "head: 64 numbers of every video token go to all, once a forward", "s", "start")
+    yield text(600, foot, "red: latent frames of 6 tokens; rank 1 begins in the midst of frame 1,", "s", "start")
+    yield text(600, foot + 18, "so it keeps the audio of frames 1 and 2 and needs no exchange for it", "s", "start")
+    yield text(600, foot + 36, "head: 64 numbers of every video token go to all, once a forward", "s", "start")
     yield "</svg>"
 
 

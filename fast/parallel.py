@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from fast import blocks, offload
-from fast.probe import GIB, Memory
+from fast.probe import Memory
 from model import Cond, LayerCond, Segment, unpatchify
 
 
@@ -211,9 +211,13 @@ def sent_bytes(cfg, split, tokens, video_tokens, itemsize):
 def describe(plan):
     """A line for the plan: who does what, and what goes between."""
     (halves, runs), cfg, tokens = plan.config.split, plan.denoiser, plan.tokens[-1]
-    sent = sent_bytes(cfg, plan.config.split, tokens, plan.video_tokens, plan.config.dtype.itemsize) / GIB
-    step = 4 * cfg.out_dim * math.prod(plan.latent_shape) / GIB
+    sent = sent_bytes(cfg, plan.config.split, tokens, plan.video_tokens, plan.config.dtype.itemsize)
+    step = 4 * cfg.out_dim * math.prod(plan.latent_shape)
     what = [f"{halves} branches of guidance"] * (halves > 1) + [f"{runs} runs of {-(-tokens // runs):,} tokens, {cfg.n_head // runs} of {cfg.n_head} "
                                                                 "heads each"] * (runs > 1)
-    sends = [f"{sent:.3g} GiB a forward"] * (runs > 1) + [f"{step:.2g} GiB a step"] * (halves > 1)
+    sends = [f"{size_text(sent)} a forward"] * (runs > 1) + [f"{size_text(step)} a step"] * (halves > 1)
     return f"ranks    {halves * runs}: {' x '.join(what)}; each sends {', '.join(sends)}; memory below is of each"
+
+
+def size_text(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2g} MB"

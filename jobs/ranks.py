@@ -94,7 +94,7 @@ class World:
 
     def claim(self, rank, line):
         """Print the one line, if no one has."""
-        mine = f"{self.rank} of rank {rank}: {line}"
+        mine = f"{self.rank}, thread {threading.get_ident()}, of rank {rank}: {line}"
         if self.store.compare_set("failed", "", mine).decode() == mine:
             print(f"error: rank {rank}: {line}", file=self.stderr, flush=True)
 

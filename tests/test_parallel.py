@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,15 @@ from ranks import golden_rows, on_ranks
 from test_model import SMALL, TASKS
 
 import sample
-from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut
+from fast.bench_ranks import Simulated
+from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut, sent_bytes
+from fast.plan import RunConfig, plan_memory
+from fast.probe import GIB, Memory
 from media.frames import read_frames
 from media.sound import load_audio
 from model import Config, Denoiser
 from test_parity import GOLDEN
+from tiny import random_weights
 from vae import VAE, VAEConfig
 
 PIPELINES = [path.stem for path in sorted(GOLDEN.glob("*.json")) if path.stem.startswith(("pipeline", "moe"))]
@@ -119,6 +124,34 @@ def test_ranks_that_do_not_divide_the_heads():
         choose_split(16, "sequence", 40, (4.5,))
     with pytest.raises(ValueError, match="an even number of ranks and a guidance above 1, got 3 ranks"):
         choose_split(3, "guidance", 40, (4.5,))
+
+
+# ---- the plan
+
+def test_bytes_sent_are_those_counted():
+    """The arithmetic of the plan, and what a rank hands to the exchange; of bench_ranks.py's simulation, which is what it runs on one GPU."""
+    _, net, latents, given = next(nets())                            # T2V: 75 tokens
+    for split in ((1, 3), (2, 3)):
+        ranks = Simulated(split)
+        shared = ParallelDenoiser(net, ranks=ranks)
+        conds = shared.prepare(**given), shared.prepare(**given)
+        u, v = shared.both(latents, torch.tensor([700.0]), *conds)
+        assert u.shape == v.shape == latents.shape and torch.isfinite(u).all()
+        forwards, velocity = 3 - split[0], latents.nbytes * (split[0] - 1)
+        assert sum(nbytes for nbytes, _ in ranks.log) == forwards * sent_bytes(net.cfg, split, 75, 75, 4) + velocity
+
+
+def test_the_plan_knows_the_ranks():
+    """S2V-14B at 1280x704 on cards of 80 GiB: all blocks resident on each, less memory the more there are, and a line that says who does what."""
+    configs = random_weights.released("s2v-14B")
+    dtypes = {kind: torch.float32 if kind in ("vae", "audio") else torch.bfloat16 for kind in configs}
+    checkpoint = random_weights.random_checkpoint("s2v-14B", configs, dtypes, Path("tokenizer.json"))
+    free, shape, tokens = Memory(80 * GIB, 500 * GIB, 500 * GIB), (20, 88, 160), 79200
+    plans = [plan_memory(RunConfig(device=torch.device("cuda"), dtype=torch.bfloat16, vae_dtype=torch.float16, compile=True, split=split), checkpoint, shape,
+                         tokens, free) for split in ((1, 1), (2, 1), (2, 2), (2, 4))]
+    print([f"{plan.denoiser / GIB:.1f} GiB, {plan.tiles} tiles" for plan in plans])
+    assert all(a.denoiser > b.denoiser and b.resident is None for a, b in pairwise(plans)) and plans[0].weights == plans[3].weights
+    assert [plan.tiles % n for plan, n in zip(plans, (1, 2, 4, 8))] == [0] * 4
 
 
 # ---- the VAE
