@@ -96,24 +96,24 @@ class World:
         """Print the one line, if no one has."""
         mine = f"{self.rank}, thread {threading.get_ident()}, of rank {rank}: {line}"
         if self.store.compare_set("failed", "", mine).decode() == mine:
-            print(f"error: rank {rank}: {line}", file=self.stderr, flush=True)
+            print(f"\nerror: rank {rank}: {line}", file=self.stderr, flush=True)         # behind the bar of rank 0
 
     def failed(self, error, args):
         """An exception has ended the work of this rank -> exit status. What comes from an exchange that broke off is another rank's failure."""
-        line, stopped = explain(error, args), isinstance(error, KeyboardInterrupt)
+        line, patience = explain(error, args), time.monotonic() + INTERRUPT
         try:
-            self.name_the_dead()
-            if self.has("failed"):
-                return 2
-            if stopped or line is None and isinstance(error, RuntimeError):
-                for _ in range(int(INTERRUPT / BEAT)):
-                    self.name_the_dead()
-                    if self.has("failed"):
-                        return 2
-                    time.sleep(BEAT)
-            if stopped:
-                print("stopped", file=self.stderr if self.rank == 0 else open(os.devnull, "w"))
-                return 130
+            if isinstance(error, KeyboardInterrupt):
+                self.store.compare_set("failed", "", "stopped")
+            while True:
+                self.name_the_dead()
+                if self.has("failed"):
+                    stopped = self.store.get("failed") == b"stopped"
+                    if stopped and self.rank == 0:
+                        print("stopped", file=self.stderr)
+                    return 130 if stopped else 2
+                if line is not None or not isinstance(error, RuntimeError) or time.monotonic() > patience:
+                    break
+                time.sleep(BEAT)
             if line is None:
                 traceback.print_exception(error, file=self.stderr)
                 line = f"{type(error).__name__}: {error}"
