@@ -127,7 +127,8 @@ class Networks:
     """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`), on one process or on many (ranks)."""
 
     def __init__(self, checkpoint, keep, ranks=None):
-        self.checkpoint, self.keep, self.ranks, self.names, self.kept = checkpoint, keep, ranks, set(), {}   # kept: name -> (how it was loaded, network)
+        self.checkpoint, self.keep, self.ranks = checkpoint, keep, ranks
+        self.names, self.kept = set(), {}                            # kept: name -> (how it was loaded, network)
 
     def __getattr__(self, name):
         return getattr(self.checkpoint, name)

@@ -62,7 +62,7 @@ def run_batch(args, program):
     """args: of the command line; program: the module sample.py, under whatever name it runs -> exit status, 0 if all jobs are done"""
     folder, jobs = read_jobs(args)
     world = args.world                                               # under torchrun, see jobs/ranks.py
-    summary = Summary(Path(args.batch, "batch.json") if folder is args.batch else Path(f"{args.batch}.summary.json"), jobs, world.rank if world else 0)
+    summary = Summary(Path(args.batch, "batch.json") if folder is args.batch else Path(f"{args.batch}.summary.json"), jobs, world and world.rank)
     try:
         check_all(jobs, args, folder, program, summary)
         if world:
@@ -266,20 +266,20 @@ class Summary:
     A record outlives the run: {"from": what it is made from, "before": stamp of the file before that, "after": stamp of the result}
     """
 
-    def __init__(self, path, jobs, rank=0):
+    def __init__(self, path, jobs, rank=None):
         self.path, self.jobs, self.made, self.rate, self.spent = path, jobs, {}, None, (0.0, 0.0)
         try:
-            for file in [path, *self.others()]:                      # no file: FileNotFoundError
+            for file in [path] * path.exists() + self.others():
                 self.made |= json.loads(file.read_text(encoding="utf8"))["made"]
             if not all(isinstance(record, dict) and isinstance(record.get("from"), dict) for record in self.made.values()):
                 raise ValueError
-        except FileNotFoundError:
-            pass
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is no summary of a batch: move it") from None
         self.path = path.with_suffix(f".{rank}.json") if rank else path
         try:
             self.write()
+            for file in self.others() if rank is None else ():       # of a run over ranks that was killed
+                file.unlink()
         except OSError as error:
             raise ValueError(f"cannot write {path} ({error.strerror}), which says what is done: copy the batch to a folder that can be written") from None
 

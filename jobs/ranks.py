@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N sample.py ...` starts N processes with the same command line: which does what, who speaks, how one that fails ends all.
+"""`torchrun --nproc-per-node N sample.py ...` starts N processes of one command line: which does what, who speaks, how one that fails ends all.
 
 Rank 0 prints the plan, the bar and the result and writes the video; the others are silent. Every rank says twice a second that it lives, through
 the store of torchrun, which none of the exchanges uses. The first to fail, or to see that another is gone, claims the word: one line names the
