@@ -214,7 +214,7 @@ def main(args):
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130 for Ctrl-C."""
     any_terminal()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                     # torchrun
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:          # torchrun
         from jobs.ranks import run_rank
         return run_rank(argv, sys.modules[__name__])
     args = None

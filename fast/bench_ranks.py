@@ -40,7 +40,7 @@ class Simulated(Ranks):
 def launch(args, argv):
     """The same command by N processes -> exit status"""
     rest = [word for i, word in enumerate(argv) if word != "--ranks" and (i == 0 or argv[i - 1] != "--ranks") and not word.startswith("--ranks=")]
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.ranks), "-m", "fast.bench", *rest]).returncode
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m", "fast.bench", *rest]).returncode
 
 
 def connect(heads, device):

@@ -178,12 +178,12 @@ def test_tiles_of_the_vae(split, tmp_path):
 
 # ---- the program
 
-TWO = ("--audio", "samples/voice.flac", "--image", "samples/face.png", "--size", "64x64", "--clip-frames", "8", "--steps", "2")
+TWO = ("--audio", "samples/voice.flac", "--image", "samples/face.png", "--size", "64x64", "--clip-frames", "4", "--steps", "2")
 
 
 def torchrun(folder, ranks, *args):
     """A running torchrun of sample.py, what it prints in folder/said and folder/errors."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "sample.py", *args]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "sample.py", *args]
     with open(folder / "said", "w") as said, open(folder / "errors", "w") as errors:
         return subprocess.Popen(command, cwd=HERE, stdout=said, stderr=errors, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
@@ -208,7 +208,7 @@ def test_two_ranks_write_the_video_of_one(tmp_path):
     said = (tmp_path / "said").read_text()
     assert said.count("video  ") == said.count("wrote  ") == 1 and "ranks    2: 2 branches of guidance" in said
     one, two = (np.stack(list(read_frames(str(tmp_path / f"{name}.mp4")))).astype(int) for name in ("one", "two"))
-    assert one.shape == two.shape == (13, 64, 64, 3) and abs(one - two).max() <= 4              # one rounded otherwise in 8 bits moves its neighbours
+    assert one.shape == two.shape == (5, 64, 64, 3) and abs(one - two).max() <= 4              # one rounded otherwise in 8 bits moves its neighbours
     assert torch.equal(load_audio(str(tmp_path / "one.mp4")), load_audio(str(tmp_path / "two.mp4")))
 
 
@@ -227,7 +227,7 @@ def test_a_rank_that_is_killed_ends_all(tmp_path):
     lines = [line for line in re.split("[\r\n]", (tmp_path / "errors").read_text()) if line.startswith("error")]
     assert len(lines) == 1 and lines[0].startswith(f"error: rank 1: process {ranks[1]} on "), lines
     assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
-    assert len(list(read_frames(str(tmp_path / "out.partial.mp4")))) >= 5
+    assert len(list(read_frames(str(tmp_path / "out.partial.mp4")))) >= 1
 
 
 @pytest.mark.parametrize("args, says", [
