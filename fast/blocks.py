@@ -84,7 +84,7 @@ def attend(q, k, v, layer=None):
     """
     n = k.shape[1]
     whole = n // KEYS * KEYS if n >= LONG and takes_last_keys_apart(q) else n
-    for rows in q.split(QUERIES, dim=1):
+    for rows in q.split(QUERIES * max(1, 40 // q.shape[2]), dim=1):              # a rank of many has few heads
         attend_rows(rows, k, v, whole)                               # a function, so that one part's results are free before the next
     return q.flatten(2)
 

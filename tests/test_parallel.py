@@ -12,11 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from inputs import TINY, as_entries, as_stored, clip, empty, random_net
 from ranks import golden_rows, on_ranks
 from test_model import SMALL, TASKS
+from test_offload import CPU, streamed
 
 import sample
+from fast import blocks
+from fast.attention8 import attention8
 from fast.bench_ranks import Simulated
+from fast.fp8 import quantized
+from fast.offload import stream
 from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut, sent_bytes
 from fast.plan import RunConfig, plan_memory
 from fast.probe import GIB, Memory
@@ -93,6 +99,25 @@ def test_the_velocity_of_every_task(split, tmp_path):
     for found in on_ranks(split[0] * split[1], tmp_path, velocities, split):
         print(found)
         assert len(found) == 6 and all(each < TOLERANCE for gaps in found.values() for each in gaps), found
+
+
+def all_at_once(rank, split):
+    """-> gaps to one process: float8 and streamed; and 8-bit attention, with text keys on the host"""
+    tensors, gaps, ranks = quantized(as_entries(random_net(TINY).state_dict())), [], Ranks(rank, split)
+    whole = stream(empty(TINY, tensors), tensors, CPU, as_stored)
+    for attend, how in ((blocks.attend, {}), (attention8, dict(host_layers=True))):
+        shared = ParallelDenoiser(streamed(empty(TINY, tensors), tensors, 2), 11, attend, MORE, ranks=ranks, **how)
+        latents, t, runs = clip(shared, TINY)
+        got, one = shared.both(latents, t, *runs), blocks.FastDenoiser(whole, attend=attend)
+        gaps.append(max(gap(v, one(latents, t, cond)) for v, cond in zip(got, clip(one, TINY)[2])))
+    return gaps
+
+
+def test_float8_streamed_in_8_bit_attention_on_every_rank(tmp_path):
+    """Each head's numbers are those of one process, whoever computes it; with RANKS compiled too."""
+    for exact, eight in on_ranks(4, tmp_path, all_at_once, (2, 2)):
+        print(exact, eight)
+        assert exact < TOLERANCE and eight < 1e-3                    # a difference of 1e-7 may round to another of 255 steps
 
 
 def test_runs_cover_every_token_once():
