@@ -130,8 +130,12 @@ def parser():
     g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
                    help="self-attention in 8 bits: faster on GPUs with 8-bit tensor cores, off by 3.6%% of each attention output on "
                         "random inputs (default: off)")
+    g.add_argument("--parallel", choices=("auto", "guidance", "sequence", "batch"), default="auto", help="under torchrun --nproc-per-node N: what is "
+                   "spread over N GPUs, the two branches of guidance, then tokens; tokens alone; or the jobs of --batch (default: by N, see "
+                   "docs/parallel.md)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, where it saves more "
                    f"than the {COMPILE_SECONDS} s that it takes)")
+    p.set_defaults(world=None)                                       # of many processes, see jobs/ranks.py
     return p
 
 
@@ -168,14 +172,19 @@ def open_pipeline(args):
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
-    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, **choices(args))
+    ranks = args.world.arrange(args, checkpoint) if args.world and args.batch is None else None
+    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, ranks=ranks, **choices(args))
     cap_memory(pipeline.device, args.vram)
     return pipeline
 
 
+def plan_of(pipeline, args):
+    return pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
+
+
 def make_video(pipeline, args):
     """Plan, make and write one video, saying so."""
-    plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
+    plan = plan_of(pipeline, args)
     print(plan)
     from fast.estimate import estimate_seconds, other_seconds        # here: importing `sample` does not need it
     denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"])
@@ -186,6 +195,8 @@ def make_video(pipeline, args):
         with writer:
             if went := writer.parts.progress():
                 print(f"going on after {went}")
+            if ranks := pipeline.networks.ranks:                     # the others go on with it
+                ranks.once(lambda: (writer.parts.done, {name: writer.parts.load(name) for name in writer.parts.states}))
             for frames in pipeline.generate(plan, stages, progress, writer.parts):
                 with stages("write"):
                     writer.write(frames)
@@ -204,6 +215,8 @@ def make_video(pipeline, args):
 
 def main(args):
     """-> exit status"""
+    if args.parallel != "auto" and args.world is None:
+        raise ValueError(f"--parallel {args.parallel} wants several processes: torchrun --nproc-per-node 4 sample.py ...")
     if args.batch is not None:
         from jobs.batch import run_batch                             # here, as below: importing `sample` does not need it
         return run_batch(args, sys.modules[__name__])
@@ -222,6 +235,9 @@ def tell(line):
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP."""
     any_terminal()
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:          # torchrun
+        from jobs.ranks import run_rank
+        return run_rank(argv, sys.modules[__name__])
     stop.begin()
     try:
         code = run(argv)

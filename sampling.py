@@ -61,9 +61,10 @@ def guided_velocity(x, t, net, scale, cond, uncond):
     """Classifier-free guidance: from the velocity without the prompt towards, and past, the one with it. uncond None: no guidance."""
     t = torch.full(x.shape[:1], t, device=x.device)                  # (B,)
     with network_errors():
-        v = net(x, t, cond)
-        u = None if uncond is None else net(x, t, uncond)
-    return v if u is None else u + scale * (v - u)
+        if uncond is None:
+            return net(x, t, cond)
+        v, u = net.both(x, t, cond, uncond) if hasattr(net, "both") else (net(x, t, cond), net(x, t, uncond))      # both: fast/parallel.py
+    return u + scale * (v - u)
 
 
 @contextmanager

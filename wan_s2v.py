@@ -146,10 +146,11 @@ def state_bytes(plan):
 
 
 class Networks:
-    """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`)."""
+    """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`), on one process or on many (ranks)."""
 
-    def __init__(self, checkpoint, keep):
-        self.checkpoint, self.keep, self.names, self.kept = checkpoint, keep, set(), {}      # kept: name -> (how it was loaded, network)
+    def __init__(self, checkpoint, keep, ranks=None):
+        self.checkpoint, self.keep, self.ranks = checkpoint, keep, ranks
+        self.names, self.kept = set(), {}                            # kept: name -> (how it was loaded, network)
 
     def __getattr__(self, name):
         return getattr(self.checkpoint, name)
@@ -169,6 +170,10 @@ class Networks:
         if name in self.names:
             self.kept[name] = how, net
         return net
+
+    def once(self, make):
+        """make(), tensors on the CPU: of many processes one does it for all."""
+        return make() if self.ranks is None else self.ranks.once(make)
 
     def nbytes(self, device):
         """Of what is kept on a device."""
@@ -197,13 +202,15 @@ class WanS2VPipeline:
 
     checkpoint  from formats.checkpoints.open_checkpoint        vram     GiB of a card to plan for; None: what is free
     keep        the networks between videos, as far as memory allows
+    ranks       a Ranks of fast/parallel.py: this process and others make every video together
     choices     fields of RunConfig that hold for every video: device, dtype, vae_dtype, fp8, compile, attention8, resident
     """
 
-    def __init__(self, checkpoint, vram=None, keep=True, **choices):
+    def __init__(self, checkpoint, vram=None, keep=True, ranks=None, **choices):
         from media.given import check_names                          # here, as below: importing `sample` does not need it
         check_names(choices)
-        self.checkpoint, self.vram, self.choices, self.networks = checkpoint, vram, choices, Networks(checkpoint, keep)
+        self.checkpoint, self.vram, self.networks = checkpoint, vram, Networks(checkpoint, keep, ranks)
+        self.choices = choices | dict(split=ranks.split if ranks else (1, 1))
         self.device = choices.get("device", torch.device("cpu"))
 
     @classmethod
@@ -225,6 +232,7 @@ class WanS2VPipeline:
         from media.given import check_names, default_float32
         check_names(options)
         free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
+        free = self.networks.ranks.least(free) if self.networks.ranks else free
         with default_float32():
             return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
 
@@ -336,8 +344,11 @@ def generate_s2v(checkpoint, plan, stage, progress, keep=NOTHING):
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     with stage("audio"):
         from fast.hearing import Hearing                             # here: importing `sample` does not need it
-        audio = Hearing(plan.sound, checkpoint.configs["audio"], lambda: checkpoint.load("audio", o.device, torch.float32), o.device, FPS, n)
-        audio(keep.done * n, keep.done * n + n)                      # before other networks need the device
+        hear = Hearing(plan.sound, checkpoint.configs["audio"], lambda: checkpoint.load("audio", o.device, torch.float32), o.device, FPS, n)
+
+        def audio(first, end):
+            return checkpoint.once(lambda: hear(first, end))
+        audio(keep.done * n, keep.done * n + n)                                                  # before other networks need the device
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
         picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]
@@ -472,9 +483,13 @@ def run_sampler(experts, config, noise, stage, progress, keep, clean=None):
 
 def encode_text(checkpoint, prompts, plan):
     """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""
-    encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
-    tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
-    return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
+    def encode():
+        encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
+        tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
+        return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
+    if checkpoint.ranks is None:
+        return encode()
+    return [rows.to(plan.config.device) for rows in checkpoint.once(lambda: [rows.cpu() for rows in encode()])]
 
 
 def load_experts(checkpoint, plan, stage):
@@ -485,7 +500,7 @@ def load_experts(checkpoint, plan, stage):
     def load(name):
         with stage("load" if name == checkpoint.experts[0] else "switch"):
             net = checkpoint.load(name, o.device, o.dtype, o.fp8, m.resident)
-        if o.device.type == "cpu" and not (o.compile or o.attention8):
+        if o.device.type == "cpu" and not (o.compile or o.attention8 or checkpoint.ranks):
             return net
         from fast import blocks                                      # here: a CPU does without
         from fast.attention8 import attention8
@@ -494,14 +509,18 @@ def load_experts(checkpoint, plan, stage):
             if name != other and m.host + checkpoint.parts[other].nbytes < plan.free.host:
                 from fast.offload import read_ahead
                 read_ahead(checkpoint.parts[other].tensors)
-        return blocks.FastDenoiser(net, m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers)
+        how = m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers
+        if checkpoint.ranks is None:
+            return blocks.FastDenoiser(net, *how)
+        from fast.parallel import ParallelDenoiser
+        return ParallelDenoiser(net, *how, ranks=checkpoint.ranks)
     return Experts(checkpoint.experts, checkpoint.boundary, load, keep=o.device.type == "cpu")
 
 
 def load_vae(checkpoint, plan):
     vae = checkpoint.load("vae", plan.config.device, plan.config.vae_dtype)
     vae.to(plan.config.device, plan.config.vae_dtype)                # one that was kept may wait in host memory, or have gone on in float32
-    vae.tiles = plan.memory.tiles
+    vae.tiles, vae.ranks = plan.memory.tiles, checkpoint.ranks
     return vae
 
 

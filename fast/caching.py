@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fast.blocks import FastDenoiser, attention_backend
+from fast.blocks import FastDenoiser, attention_backend, make_chunks, make_frames
+from model import unpatchify
 from sampling import guided_velocity, network_errors
 
 EASY_WARM_UP = 10            # steps that EasyCache always computes
@@ -209,7 +210,19 @@ def with_hidden(net, x, t, cond):
 def head_of(net, hidden, t, cond):
     """The velocity that belongs to tokens behind the last block (B, L, C) at another diffusion time."""
     e, _ = plain(net).modulations(t)
-    return FastDenoiser(plain(net)).velocity(hidden.float(), e, cond)
+    return Laid(FastDenoiser(plain(net)), cond).velocity(hidden.float(), e)
+
+
+class Laid:
+    """How the tokens of a clip are worked on: chunks, and chunks of whole latent frames."""
+
+    def __init__(self, fast, cond):
+        (T, h, w), self.fast, self.cond = cond.grid, fast, cond
+        self.video, self.chunks = T * h * w, make_chunks(cond.segments, fast.chunk)
+        self.frames = make_frames(self.video, h * w, self.chunks[0].stop, 0)
+
+    def velocity(self, x, e):
+        return unpatchify(self.fast.head(x, e, self.chunks, self.video), self.cond.grid)
 
 
 class AudioAnew:
@@ -224,7 +237,7 @@ class AudioAnew:
     def record(self, x, t, cond):
         """-> velocity, [what the blocks added up to each audio layer and the last block (B, N, C)]"""
         fast, added, small = self.fast, [], torch.bfloat16 if x.is_cuda else torch.float32
-        x, e, mod = self.begin(x, t, cond)
+        (x, e, mod), laid = self.begin(x, t, cond), Laid(fast, cond)
         before = x.clone()
 
         def noted(block, part, *given):
@@ -235,26 +248,25 @@ class AudioAnew:
         audio_layer = fast.audio_layer
         fast.audio_layer = noted
         try:
-            fast.run_blocks(x, mod, cond)
+            fast.run_blocks(x, mod, cond, laid.chunks, laid.frames)
         finally:
             del fast.audio_layer
         added.append((x - before).to(small))
-        return fast.velocity(x, e, cond), added
+        return laid.velocity(x, e), added
 
     @torch.no_grad()
     def replay(self, x, t, cond, added):
         """-> velocity from the blocks' parts of an earlier step and audio layers of this one"""
-        fast, added = self.fast, iter(added)
-        size = fast.chunk or cond.segments[0].tokens
+        fast, added, laid = self.fast, iter(added), Laid(self.fast, cond)
         x, e, _ = self.begin(x, t, cond)
         with attention_backend(x.device):
             for layer, block in enumerate(fast.net.blocks):
                 if block.inject is not None:
                     x += next(added)
                     _, audio, adain = cond.layers[layer]
-                    fast.audio_layer(block, x, audio, adain, cond.grid, size)
+                    fast.audio_layer(block, x, audio, adain, laid.frames)
         x += next(added)
-        return fast.velocity(x, e, cond)
+        return laid.velocity(x, e)
 
     def begin(self, x, t, cond):
         e, mod = self.fast.net.modulations(t)

@@ -1,4 +1,5 @@
 """How long a plan will take: operations by arithmetic, rates from probes. `estimate_seconds` is the denoising, `other_seconds` the rest."""
+import math
 import time
 from collections import deque
 
@@ -76,7 +77,8 @@ def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens):
 
 def estimate_seconds(plan):
     """Of the denoising of a whole video."""
-    return plan.forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens)
+    whole = plan.forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens)
+    return whole / math.prod(plan.config.split)                      # what goes between GPUs is little, see docs/parallel.md
 
 
 # -------------------------------------------------------------------------------------------------- VAE, loading, compiling
@@ -140,5 +142,6 @@ def other_seconds(plan, vae):
     Text and sound are left out, less than 1% of a full-size video."""
     _, H, W = plan.latent_shape
     work = sum(n * flops for n, flops in zip(vae_latents(plan), vae_flops(vae, H, W)))
-    tiles = 1 + TILE_COST * (plan.memory.tiles - 1)
+    ranks = math.prod(plan.config.split)
+    tiles = (1 + TILE_COST * (max(plan.memory.tiles, ranks) - 1)) / ranks
     return sum(plan.sizes.values()) / LOADED + COMPILE_SECONDS * plan.config.compile + tiles * work / vae_rate(vae, plan)

@@ -66,6 +66,7 @@ class RunConfig:
     compile: bool | None = None           # the per-token parts of the blocks; None: where it saves more than it takes
     attention8: bool = False              # self-attention in 8 bits
     resident: int | None = None           # denoiser blocks that stay on the device; None: as many as fit
+    split: tuple[int, int] = (1, 1)       # over several ranks: halves that share the branches of guidance, runs of tokens, see parallel.py
 
     def resolve(self, checkpoint):
         """Fill in the checkpoint's values and check all.  raises ValueError with the name, what is wanted and what came"""
@@ -181,6 +182,7 @@ class Plan:
             f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
             f"tokens   {tokens}",
             f"weights  {size_table(self.sizes)}",
+            *([ranks_text(self)] if math.prod(o.split) > 1 else []),
             self.memory_text()))
 
     def memory_text(self):
@@ -196,6 +198,11 @@ class Plan:
         return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}, audio {audio}; "
                 "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
                 f"         {host}\n         {', '.join(how)}")
+
+
+def ranks_text(plan):
+    from fast.parallel import describe                               # here: one process does without
+    return describe(plan)
 
 
 def size_table(sizes):
@@ -331,7 +338,8 @@ def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
         hear += later * weights * len(checkpoint.experts)
         return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, audio=int(hear), host=int(max(peak, text(None)[0], hear) + video))
     from fast.vae_plan import vae_cuts                               # here: a CPU does without
-    cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype)
+    ranks = math.prod(config.split) if math.prod(config.split) <= max(H, W) else 1
+    cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype, ranks)
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
     choices = [(way, config.resident) for way in ways]
     if config.resident is None:
@@ -341,7 +349,7 @@ def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
         weights, pinned, _ = weigh_expert(resident)
         denoiser = weights + activation_bytes(config, cfg, tokens, chosen)
         tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
-        if max(denoiser, weights + vae + max(decode, later * hear)) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
+        if max(denoiser, weights + vae + max(decode, later * hear)) <= limit and (tiles <= TILES * ranks or (way, resident) == choices[-1]):
             break                                                    # streaming costs less than tiles
     text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
     text_peak, text_pinned, _ = text(text_resident)
@@ -389,12 +397,15 @@ def activation_bytes(config, cfg, tokens, memory):
 
     Bytes per token and channel below were counted from the operations and compared with what an H200 reserved.
     """
+    halves, runs = config.split
+    tokens = -(-tokens // runs)                                      # of a rank
     C, F, chunk, size = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
     attend = 7 * C * tokens if config.attention8 else 0              # q, k, v and float8 v; exact attention needs less than `project`
+    attend = 7 * size * C * tokens if runs > 1 else attend           # own and exchanged q, k, v, and one on its way
     project = (6 * size if config.compile else 8 * size + 7) * C * chunk + 3 * size * C * tokens
     hidden = (3 if config.compile else 11) if memory.fp8 else 2 * size           # of the FFN
     finish = ((3 * size if config.compile else 3 * size + 8) * C + hidden * F) * chunk + size * C * tokens
-    branches = 2 if max(config.guidance or (2,)) > 1 else 1
+    branches = 2 if max(config.guidance or (2,)) > 1 and halves == 1 else 1
     keys = 0 if memory.host_layers else branches * layer_bytes(cfg, config)
     conditions = branches * tokens * (4 * C // cfg.n_head + size * C // 8)       # RoPE; reference and motion: an eighth of the tokens
     return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD + AUDIO * bool(cfg.audio_dim)

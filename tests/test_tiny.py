@@ -15,7 +15,7 @@ from media.sound import load_audio
 from formats.checkpoints import open_checkpoint
 from sampling import denoise, make_solver
 from tiny import faces, metrics
-from wan_s2v import WanS2VPipeline, encode_text, load_experts
+from wan_s2v import Networks, Stages, WanS2VPipeline, encode_text, load_experts
 
 HERE = Path(__file__).parents[1]
 VOICE, ITALIAN, FACE, WEIGHTS = (HERE / name for name in ("samples/voice.flac", "samples/italian.flac", "samples/face.png", "weights/tiny"))
@@ -67,9 +67,9 @@ def test_later_clip_goes_on(tmp_path):
 def test_later_clip_remembers_the_past():
     """The reference picture is green, the 73 frames before the clip are yellow: with motion tokens the clip stays yellow, without it turns green."""
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
-    checkpoint, wav = open_checkpoint(WEIGHTS), load_audio(VOICE)
+    checkpoint, wav = Networks(open_checkpoint(WEIGHTS), keep=False), load_audio(VOICE)
     plan = WanS2VPipeline(checkpoint).plan(audio=VOICE, image=FACE)
-    vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, plan)
+    vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, plan, Stages())
     (text, *_), (states, _) = encode_text(checkpoint, [""], plan), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
     green, yellow = (faces.apply(faces.held_out_identities(1), background=colour) for colour in ("green", "yellow"))
     past = faces.draw(yellow, torch.zeros(1, 73, 4), faces.articulation(wav, torch.arange(73) / 16)[None])
