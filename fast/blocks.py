@@ -150,21 +150,21 @@ class FastDenoiser:
         return replace(cond, layers=offload.HostLayers(cond.layers)) if self.host_layers else cond
 
     @torch.no_grad()
-    def __call__(self, latents, t, cond):
-        """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32"""
+    def __call__(self, latents, t, cond, attend=None):
+        """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32.  attend  None: self.attend"""
         net, chunks, (T, h, w) = self.net, make_chunks(cond.segments, self.chunk), cond.grid
         e, mod = net.modulations(t)                                  # (B, R, C), (B, R, 6, C)
         x = net.embed(latents, cond)                                 # (B, N, C), which no one else holds
         with attention_backend(latents.device):
             for layer, block in enumerate(net.blocks):               # a ModuleList, or offload.py's stream of blocks
-                self.block(block, x, block.modulations(mod), cond, layer, chunks)
+                self.block(block, x, block.modulations(mod), cond, layer, chunks, attend or self.attend)
         video = [chunk for chunk in chunks if chunk.stop <= T * h * w]
         return unpatchify(torch.cat([net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in video], dim=1), cond.grid)
 
-    def block(self, block, x, mod, cond, layer, chunks):
+    def block(self, block, x, mod, cond, layer, chunks, attend):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
         text, audio, adain = cond.layers[layer]
-        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype)
+        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
         for a, b, r in chunks:
             self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
         if block.inject is None:
@@ -174,12 +174,12 @@ class FastDenoiser:
         for f in range(0, T, step):
             self.audio_cross_attention(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])
 
-    def self_attention(self, block, x, mod, rope, layer, chunks, dtype):
+    def self_attention(self, block, x, mod, rope, layer, chunks, dtype, attend):
         """-> (B, N, C), in the place of the queries; keys and values are free again when it returns"""
         q, k, v = (block.self_attn.split(torch.empty_like(x, dtype=dtype)) for _ in range(3))        # (B, N, K, D)
         for a, b, r in chunks:
             self.project(block, x[:, a:b], mod[:, :, r:r + 1], rope[:, a:b], q[:, a:b], k[:, a:b], v[:, a:b])
-        return self.attend(q, k, v, layer)
+        return attend(q, k, v, layer)
 
 
 def small_cases(net, g):
