@@ -60,6 +60,11 @@ def schedule(steps=STEPS, shift=SHIFT):
     return sigmas, sigmas[:-1] * 1000
 
 
+def check_window(window):
+    if window < BLOCK or window % BLOCK:
+        raise ValueError(f"window must be a multiple of {BLOCK}, got {window}: {WINDOW} is what the LoRA was trained with")
+
+
 def rounded(rope):
     """A RoPE table with cos and sin rounded to float16, as those that the LoRA was trained with (moves a velocity by 5e-6)."""
     return rope.half().float()
@@ -101,8 +106,7 @@ class Stream:
     """
 
     def __init__(self, nets, text, window=WINDOW, shift=SHIFT):
-        if window < BLOCK or window % BLOCK:
-            raise ValueError(f"window must be a multiple of {BLOCK}, got {window}: {WINDOW} is what the LoRA was trained with")
+        check_window(window)
         self.nets, self.text, self.window, self.cfg = nets, text, window, getattr(nets[0], "net", nets[0]).cfg
         self.sigmas, self.timesteps = schedule(len(nets), shift)
         self.frame = 0                                               # latent frames made so far; the number of the next

@@ -81,6 +81,7 @@ def make_plan(pipeline, args):
             raise ValueError(f"--live wants {name}: {'a sound file, or - for standard input' if name == '--audio' else 'a picture of who speaks'}")
     if not 1 <= fps <= 60:
         raise ValueError(f"--fps must be 1 to 60, got {fps:g}: {live.FPS} is what the LoRA was trained for, 16 what base S2V was")
+    live.check_window(args.window)
     names = ("image", "prompt", "size", "enlarge", "seed", "frames", "start", "duration")
     config = RunConfig(**pipeline.choices, audio=args.audio, steps=args.steps or live.STEPS, shift=args.shift or live.SHIFT,
                        **{name: getattr(args, name) for name in names}).resolve(checkpoint)
@@ -139,17 +140,17 @@ def load_denoiser(checkpoint, name, o):
 # ----------------------------------------------------------------------------------------------------------------------------- sound
 
 def from_file(speech, checkpoint, config, fps, frames):
-    """Yield per block the features (S, C, 12) of a sound file, until it ends."""
+    """Yield per block the features (S, C, 12) of a sound file and how many frames there will be in all, until it ends."""
     from fast.hearing import Hearing
     hearing = Hearing(speech, checkpoint.configs["audio"], lambda: checkpoint.load("audio", config.device, torch.float32), config.device, fps, FRAMES)
     for first in range(0, frames + live.WARM_UP, FRAMES):
-        yield hearing(first, first + FRAMES)
+        yield hearing(first, first + FRAMES), frames
 
 
 def from_pipe(file, checkpoint, config, fps, frames, heard):
-    """Yield per block its features as soon as it can be heard.  file of 16-bit samples; heard: takes what was read, for the sound under the picture"""
+    """The same of 16-bit samples from a pipe, each block as soon as it can be heard.  heard  takes what was read, for the sound under the picture"""
     listening, first, done = Listening(checkpoint.load("audio", config.device, torch.float32), fps), 0, False
-    while first < frames + live.WARM_UP and not (done and first / fps * RATE >= listening.heard + live.WARM_UP / fps * RATE):
+    while first < frames + live.WARM_UP:
         while not done and (missing := listening.wanted(first + FRAMES) - listening.heard) > 0:
             samples = pcm(file, missing)
             done = len(samples) < missing
@@ -157,7 +158,10 @@ def from_pipe(file, checkpoint, config, fps, frames, heard):
             heard(samples)
         if not listening.heard:
             raise ValueError("wanted 16-bit 16 kHz mono samples on standard input, got none: pipe them in, as `ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 -`")
-        yield listening(first, first + FRAMES)
+        if done:                                                     # now it is known where the sound ends
+            frames = min(frames, math.ceil(listening.heard / RATE * fps - 1e-6))
+        if first < frames + live.WARM_UP:
+            yield listening(first, first + FRAMES), frames
         first += FRAMES
 
 
@@ -168,7 +172,7 @@ class Under:
     """
 
     def __init__(self, rate, channels, fps, shift, pieces=()):
-        self.rate, self.fps, self.pieces, self.given, self.frames = rate, fps, iter(pieces), 0, 0
+        self.rate, self.channels, self.fps, self.pieces, self.given, self.frames = rate, channels, fps, iter(pieces), 0, 0
         self.skip = max(0, round(-shift * rate))
         self.waiting = deque([np.zeros((max(0, round(shift * rate)), channels), np.float32)])
 
@@ -226,19 +230,22 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         kept = speech.recording
         under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, cut(speech.path, kept, speech.start, speech.duration))
         sound = from_file(speech, checkpoint, o, fps, plan.frames)
-    channels = 1 if speech is None or speech.recording.channel is not None else speech.recording.channels
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
-    left, clock = plan.frames, Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None)
-    writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, channels, args.raw)
-    with writer, clock:
-        for features in clock.waiting(sound):
-            frames = video.block(features[None].to(o.device))[0]
-            frames = frames[:, :int(min(left, frames.shape[1]))]
-            left -= frames.shape[1]
-            synchronize(o.device)
-            if frames.shape[1]:
-                writer.write(frames, under.below(frames.shape[1]))
-            clock.wrote(frames.shape[1])
+    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None)
+    writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
+    try:
+        with writer, clock:
+            for features, total in clock.waiting(sound):
+                frames = video.block(features[None].to(o.device))[0]
+                frames = frames[:, :int(min(total - writer.frames, frames.shape[1]))]
+                synchronize(o.device)
+                if frames.shape[1]:
+                    writer.write(frames, under.below(frames.shape[1]))
+                clock.wrote(frames.shape[1])
+    except (KeyboardInterrupt, Exception):
+        if writer.frames and pipe is None:
+            print(f"the {writer.frames} frames so far are kept as {args.out}", file=sys.stderr)
+        raise
     print(f"speed    {clock}")
     print(f"wrote    {'the pipe' if pipe is not None else args.out}: {writer.frames} frames of {plan.width}x{plan.height}, "
           f"{writer.frames / fps:.3f} s at {fps:g} fps", flush=True)

@@ -17,8 +17,9 @@ from media.ffmpeg import ffmpeg_command, last_line
 from media.sound import RATE
 from media.video import MONO_STEREO, QUALITY, TO_YUV
 
+# delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
-FRAGMENTS = ["-movflags", "+empty_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
+FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
 
 
 class StreamWriter:
