@@ -136,6 +136,8 @@ def parser():
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, where it saves more "
                    f"than the {COMPILE_SECONDS} s that it takes)")
     p.set_defaults(world=None)                                       # of many processes, see jobs/ranks.py
+    from jobs.live import options                                    # here: importing `sample` does not need it
+    options(p)
     return p
 
 
@@ -169,6 +171,9 @@ def open_pipeline(args):
     if args.vram is not None and not args.vram > 0:
         raise ValueError(f"--vram wants the size of a card in GB, got {args.vram:g}")
     checkpoint = open_folder(args.ckpt)
+    if args.lora:
+        from convert_weights import merge
+        checkpoint = merge(checkpoint, args.lora, "cpu")
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
@@ -220,6 +225,9 @@ def main(args):
     if args.batch is not None:
         from jobs.batch import run_batch                             # here, as below: importing `sample` does not need it
         return run_batch(args, sys.modules[__name__])
+    if args.live:
+        from jobs.live import run_live
+        return run_live(args, sys.modules[__name__])
     from media.video import check_output
     check_output(args.out)
     make_video(open_pipeline(args), args)

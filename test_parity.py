@@ -357,6 +357,11 @@ def pipeline_s2v(meta, golden, run):
         yield name, ours[name][0], theirs, FLOAT16 if name == "video" else TOLERANCE
 
 
+def live(meta, golden, run):
+    from tests import parity_live                                    # here, as it needs this file
+    yield from parity_live.case(meta, golden, run)
+
+
 def expert_tables(meta):
     for name, table in meta["tables"].items():
         shift, steps, solver = re.fullmatch(r".*shift([\d.]+)_steps(\d+)_(.+)", name).groups()
@@ -427,7 +432,8 @@ def pipeline_ti2v(meta, golden, run):
 
 CASES = {"dit_s2v": dit_s2v, "dit": dit, "vae": vae, "umt5": umt5, "wav2vec": wav2vec, "audio_bucket": audio_bucket, "solvers": solvers,
          "image_prep": image_prep, "pipeline_s2v": pipeline_s2v, "moe_switch": moe_switch, "pipeline_i2v": pipeline_i2v,
-         "pipeline_ti2v": pipeline_ti2v, "manifest": manifest}    # a case is run by the first whose name it begins with
+         "pipeline_ti2v": pipeline_ti2v, "live": live, "manifest_live": live,
+         "manifest": manifest}                                       # a case is run by the first whose name it begins with
 
 
 def run_case(path):
@@ -441,7 +447,7 @@ def run_case(path):
     golden = load_file(tensors) if tensors.is_file() else {}
     with torch.inference_mode():
         rows = [compare(name, *row) for row in case(meta, golden, lambda net: net)]
-        if name.startswith(("dit", "pipeline", "moe")):              # once more, by fast/, with chunks that no length is a multiple of
+        if name.startswith(("dit", "pipeline", "moe", "live_sink", "live_block")):           # once more, by fast/, with chunks of an odd length
             fast = [compare(name, *row) for row in case(meta, golden, lambda net: FastDenoiser(net, chunk=37))]
             rows = [row._replace(fast=other.relative, ok=row.ok and other.ok) for row, other in zip(rows, fast, strict=True)]
     seen = {row.output for row in rows}

@@ -171,11 +171,11 @@ class FastDenoiser:
         return replace(cond, layers=offload.HostLayers(cond.layers)) if self.host_layers else cond
 
     @torch.no_grad()
-    def __call__(self, latents, t, cond):
-        """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32"""
-        return unpatchify(self.tokens(latents, t, cond), cond.grid)
+    def __call__(self, latents, t, cond, attend=None):
+        """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32.  attend  None: self.attend"""
+        return unpatchify(self.tokens(latents, t, cond, attend=attend), cond.grid)
 
-    def tokens(self, latents, t, cond, skip=0):
+    def tokens(self, latents, t, cond, skip=0, attend=None):
         """What the head says of every video token (B, L, 4*out_dim).
 
         skip  the first tokens of the grid that are left out: cond.segments and cond.rope begin behind them, and may end in the midst of the video
@@ -185,24 +185,24 @@ class FastDenoiser:
         frames = make_frames(video, h * w, chunks[0].stop, skip)
         e, mod = self.net.modulations(t)                             # (B, R, C), (B, R, 6, C)
         x = self.net.embed(latents, cond)[:, skip:skip + chunks[-1].stop]        # (B, N, C), which no one else holds
-        self.run_blocks(x, mod, cond, chunks, frames)
+        self.run_blocks(x, mod, cond, chunks, frames, attend)
         return self.head(x, e, chunks, video)
 
-    def run_blocks(self, x, mod, cond, chunks, frames):
+    def run_blocks(self, x, mod, cond, chunks, frames, attend=None):
         """All blocks in place of x (B, N, C)"""
         with attention_backend(x.device):
             for layer, block in enumerate(self.net.blocks):          # a ModuleList, or offload.py's stream of blocks
-                self.block(block, x, block.modulations(mod), cond, layer, chunks, frames)
+                self.block(block, x, block.modulations(mod), cond, layer, chunks, frames, attend or self.attend)
 
     def head(self, x, e, chunks, video):
         """What comes out of the last block (B, N, C) -> what the head says of the video's tokens (B, video, 4*out_dim)"""
         mine = [chunk for chunk in chunks if chunk.stop <= video] or [Chunk(0, 0, 0)]
         return torch.cat([self.net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in mine], dim=1)
 
-    def block(self, block, x, mod, cond, layer, chunks, frames):
+    def block(self, block, x, mod, cond, layer, chunks, frames, attend):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
         text, audio, adain = cond.layers[layer]
-        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype)
+        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
         for a, b, r in chunks:
             self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
         del y
@@ -214,12 +214,12 @@ class FastDenoiser:
         for a, b, first, end in frames:
             self.audio_cross_attention(block, x[:, a:b], audio[:, :, first:end], adain[:, :, first:end])
 
-    def self_attention(self, block, x, mod, rope, layer, chunks, dtype):
+    def self_attention(self, block, x, mod, rope, layer, chunks, dtype, attend):
         """-> (B, N, C), in the place of the queries; keys and values are free again when it returns"""
         q, k, v = (block.self_attn.split(torch.empty_like(x, dtype=dtype)) for _ in range(3))        # (B, N, K, D)
         for a, b, r in chunks:
             self.project(block, x[:, a:b], mod[:, :, r:r + 1], rope[:, a:b], q[:, a:b], k[:, a:b], v[:, a:b])
-        return self.attend(q, k, v, layer)
+        return attend(q, k, v, layer)
 
 
 def small_cases(net, g):
