@@ -30,8 +30,8 @@ def options(parser):
     g = parser.add_argument_group("live", "blocks of 12 frames that are written while they are made; --audio - takes 16-bit 16 kHz mono from "
                                           "standard input, --out - writes to standard output; see docs/live.md")
     g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar)")
-    g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded, not only for "
-                   "--live; a strength that the file does not name is said (default: none)")
+    g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
+                   "--live); a strength that the file does not name is said (default: none)")
     g.add_argument("--fps", type=float, default=live.FPS, help=f"of a stream: {live.FPS}, as the LoRA was trained, or 16 (default: {live.FPS})")
     g.add_argument("--window", type=int, default=live.WINDOW, help="latent frames that a block sees, itself included: a multiple of 3 (default: "
                    f"{live.WINDOW})")
