@@ -160,6 +160,7 @@ def ensure_tiny(folder):
     if folder.name not in TINY:
         raise ValueError(f"no tiny checkpoint is called {folder.name}: choose one of {', '.join(TINY)}")
     config = folder / "config.json"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(folder.parent):
         for rest in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(rest, ignore_errors=True)                      # of a program that was killed
@@ -168,7 +169,11 @@ def ensure_tiny(folder):
             if note == RECIPE or not note.startswith(RECIPE.split(":")[0]):
                 return folder
             shutil.rmtree(folder)
-        convert.new_folder(folder, 2**25, partial(write_tiny, TINY[folder.name]))
+        try:
+            convert.new_folder(folder, 2**25, partial(write_tiny, TINY[folder.name]))
+        except (ValueError, OSError):
+            if not config.is_file():                                     # else, on a disk without locks, another program was faster
+                raise
     return folder
 
 
