@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from audio import RATE_50, encode, interpolate, normalise
 from media.sound import RATE
 
-BEHIND = 4.0         # seconds of sound before a block that its window holds
+BEHIND = 8.0         # seconds of sound before a block that its window holds
 AHEAD = 0.16         # seconds of sound behind a block that are waited for: they are latency
 
 
