@@ -233,7 +233,7 @@ class Live:
 
     @torch.no_grad()
     def block(self, audio, pose=None):
-        """audio (1, audio_states, audio_dim, 12) of the block, pose (1, pose_dim, 3, H, W) latents or None -> its frames (1, 3, 12 or 9, height, width)"""
+        """audio (1, audio_states, audio_dim, 12), pose (1, pose_dim, 3, H, W) latents or None -> frames (1, 3, 12 or 9, height, width)"""
         stream = self.stream
         if self.replace_ref and stream.frame == stream.window:
             stream.sink(self.first, self.motion)

@@ -1,4 +1,4 @@
-"""`python sample.py --live`: a picture speaks while the sound is heard. Options, plan, loop; live.py makes the frames, media/stream.py writes them."""
+"""`python sample.py --live`: a picture speaks while the sound is heard. Options, plan and loop."""
 import math
 import os
 import sys
@@ -65,8 +65,8 @@ class LivePlan:
             f"{live.WARM_UP} frames, {1000 * live.WARM_UP / self.fps:.0f} ms (--av-offset -{live.WARM_UP} undoes it)",
             f"sampler  Euler, {o.steps} steps, shift {o.shift:g} twice, no guidance, seed {o.seed}",
             f"weights  {size_table(self.sizes)}",
-            f"memory   {(self.weights + self.rings) / GIB:.2f} of {room / GIB:.1f} GiB: denoiser {self.weights / GIB:.2f}, rings {self.rings / GIB:.2f}; "
-            "the same however long the stream is"))
+            f"memory   {(self.weights + self.rings) / GIB:.2f} of {room / GIB:.1f} GiB: denoiser {self.weights / GIB:.2f}, "
+            f"rings {self.rings / GIB:.2f}; the same however long the stream is"))
 
 
 def make_plan(pipeline, args):
@@ -157,7 +157,8 @@ def from_pipe(file, checkpoint, config, fps, frames, heard):
             listening.hear(samples, done)
             heard(samples)
         if not listening.heard:
-            raise ValueError("wanted 16-bit 16 kHz mono samples on standard input, got none: pipe them in, as `ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 -`")
+            raise ValueError("wanted 16-bit 16 kHz mono samples on standard input, got none: pipe them in, as "
+                             "`ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 -`")
         if done:                                                     # now it is known where the sound ends
             frames = min(frames, math.ceil(listening.heard / RATE * fps - 1e-6))
         if first < frames + live.WARM_UP:
@@ -277,7 +278,8 @@ class Clock:
         self.seconds += now - self.heard
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
         ahead = self.frames / self.fps - (now - self.begin)
-        said += f"{1000 * self.late[-1]:.0f} ms after it was heard" if self.live_input else f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} real time"
+        away = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} real time"
+        said += f"{1000 * self.late[-1]:.0f} ms after it was heard" if self.live_input else away
         self.bar.set_postfix_str(said)
         self.bar.update(frames)
 

@@ -48,7 +48,8 @@ class StreamWriter:
         if tuple(frames.shape[2:]) != self.size:
             raise ValueError(f"StreamWriter.write takes frames (3, P, {self.size[0]}, {self.size[1]}), got {tuple(frames.shape)}")
         if not torch.isfinite(frames).all():
-            raise ValueError(f"frames {self.frames} to {self.frames + frames.shape[1] - 1} hold NaN or infinite values: nothing sensible can be written")
+            raise ValueError(f"frames {self.frames} to {self.frames + frames.shape[1] - 1} hold NaN or infinite values: "
+                             "nothing sensible can be written")
         pixels = ((frames.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()      # (P, H, W, 3)
         if self.out is None:
             self._start()
@@ -96,9 +97,11 @@ class StreamWriter:
         if self.rate:
             reader, writer = os.pipe()
             inputs += ["-f", "f32le", "-ar", str(self.rate), "-ac", str(self.channels), "-thread_queue_size", "64", "-i", f"pipe:{reader}"]
-            passed, codec = (reader,), [*codec, "-map", "1:a:0", "-c:a", "aac", "-b:a", "192k", "-af", f"aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
+            sound = ["-c:a", "aac", "-b:a", "192k", "-af", f"aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
+            passed, codec = (reader,), [*codec, "-map", "1:a:0", *sound]
         self.log = tempfile.TemporaryFile()
-        command = ffmpeg_command("-v", "error", "-y", *inputs, *codec, "-vf", TO_YUV, *QUALITY, *LIVE, *FRAGMENTS, "pipe:1" if piped else f"file:{self.path}")
+        target = "pipe:1" if piped else f"file:{self.path}"
+        command = ffmpeg_command("-v", "error", "-y", *inputs, *codec, "-vf", TO_YUV, *QUALITY, *LIVE, *FRAGMENTS, target)
         self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.path if piped else subprocess.DEVNULL, stderr=self.log,
                                         pass_fds=passed, start_new_session=True)                     # Ctrl-C is ours to handle
         self.out = self.encoder.stdin

@@ -308,8 +308,9 @@ def manifest(meta, golden, run):
     yield "said: strength 0.5", "strength 0.5 " in said and warning is None, True, 0
 
 
-CASES = {"manifest": manifest, "live_schedule": schedule, "live_audio_bucket": audio_bucket, "live_audio": audio, "live_sink": sink, "live_block_first": block_first,
-         "live_block_later": block_later, "live_clips": clips, "live_vae": vae, "live_tpp": pipeline_of_gpus, "live_lora": lora_file, "live_fp8": float8}
+CASES = {"manifest": manifest, "live_schedule": schedule, "live_audio_bucket": audio_bucket, "live_audio": audio, "live_sink": sink,
+         "live_block_first": block_first, "live_block_later": block_later, "live_clips": clips, "live_vae": vae, "live_tpp": pipeline_of_gpus,
+         "live_lora": lora_file, "live_fp8": float8}
 
 
 def case(meta, golden, run):

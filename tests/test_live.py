@@ -216,8 +216,10 @@ def test_frames_must_be_numbers(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------- the program
 
 @pytest.mark.parametrize("given, said", [
-    ([], "--live wants --audio"), (["--audio", VOICE], "--live wants --image"), (["--audio", VOICE, "--image", FACE, "--guidance", "2"], "--live has no --guidance"),
-    (["--audio", VOICE, "--image", FACE, "--window", "7"], "window must be a multiple of 3, got 7"), (["--audio", VOICE, "--image", FACE, "--fps", "0"], "--fps must be"),
+    ([], "--live wants --audio"), (["--audio", VOICE], "--live wants --image"),
+    (["--audio", VOICE, "--image", FACE, "--guidance", "2"], "--live has no --guidance"),
+    (["--audio", VOICE, "--image", FACE, "--window", "7"], "window must be a multiple of 3, got 7"),
+    (["--audio", VOICE, "--image", FACE, "--fps", "0"], "--fps must be"),
     (["--audio", "-", "--image", FACE, "--start", "3"], "--start 3 goes with a sound file")])
 def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert sample.cli(["--live", "--size", "64x64", "--out", str(tmp_path / "a.mp4"), *given]) == 2
@@ -229,7 +231,8 @@ def test_a_file_and_a_pipe(tmp_path):
     """The tiny checkpoint: an mp4 from a file; raw frames to a pipe from sound on another, all printed words on stderr."""
     options = [sys.executable, "sample.py", "--live", "--image", FACE, "--size", "64x64", "--steps", "1"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([*options, "--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")], cwd=HERE, env=env, capture_output=True, text=True)
+    to_file = ["--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")]
+    done = subprocess.run([*options, *to_file], cwd=HERE, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "times real time" in done.stdout, done.stderr
     media = probe(str(tmp_path / "a.mp4"))
     assert (media.width, media.height, media.frames, media.fps) == (64, 64, 25, 25) and abs(media.audio_duration - 1) < 0.1
