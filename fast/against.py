@@ -16,7 +16,8 @@ from functools import partial
 
 import torch
 
-from fast import attention8, blocks, fp8
+from fast import attention8, blocks
+from fast.bench import clip_arguments, count_tokens
 from fast.estimate import forward_seconds
 from fast.plan import RunConfig
 from fast.probe import GIB, memory_used, synchronize
@@ -74,7 +75,7 @@ def diffusers_way(cfg, part, tensors, x, text, image=None, clean_frames=0):
 def our_ways(cfg, part, tensors, x, arguments, dtype):
     """{name: Way}: eager; on a GPU compiled, float8, with 8-bit attention too."""
     shared = {name: replace(entry, read=partial(tensors.get, name)) for name, entry in part.tensors.items()}
-    tokens, video, t = *count_tokens(cfg, x.shape[2:]), torch.tensor([500], device=x.device)
+    tokens, video, t = *count_tokens(cfg, tuple(x.shape[2:])), torch.tensor([500], device=x.device)
     variants = {"ours": (False, False, False)}
     if x.is_cuda:
         variants |= {"ours, compiled": (True, False, False), "ours, float8 compiled": (True, True, False),
@@ -89,11 +90,6 @@ def our_ways(cfg, part, tensors, x, arguments, dtype):
     return ways
 
 
-def count_tokens(cfg, shape):
-    from fast.bench import count_tokens                  # here: bench.py imports this file
-    return count_tokens(cfg, tuple(shape))
-
-
 @torch.no_grad()
 def compare_denoisers(repo, task, cfg, shape, device, dtype, repeats=3):
     """One forward (S2V: of a later clip) in every way, in turns behind a warm-up; prints a table.
@@ -102,7 +98,6 @@ def compare_denoisers(repo, task, cfg, shape, device, dtype, repeats=3):
     returns  {way: dict of s_per_forward (median), times_official (median over the turns), rel_l2 to the official, gib of its weights and of what it
              holds at most beside them, expected_s by the plan}
     """
-    from fast.bench import clip_arguments
     part, seeds = random_weights.random_part("denoiser", cfg, dtype, "denoiser"), iter(range(2, 9))
     tensors = {name: entry.read().to(device) for name, entry in part.tensors.items()}
     x = parity_official.noise(1, 1, cfg.out_dim, *shape).to(device)

@@ -317,6 +317,8 @@ def main(args):
     args.size = args.size or ((128, 128) if args.preset == "tiny" else (832, 480))
     if device.type == "cpu" and args.preset != "tiny":
         raise ValueError(f"--preset {args.preset} wants a GPU, full size takes hours on a CPU: leave it out for tiny")
+    if args.against and (given := [name for name in ("fp8", "compile", "attention8", "resident", "vram", "chunk", "profile") if getattr(args, name)]):
+        raise ValueError(f"--against runs all ways there are, got --{given[0]}: leave it out")
     if device.type == "cpu" and args.stage == "error":
         raise ValueError("--stage error wants a GPU: float8 and 8-bit attention are not computed on a CPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,5 +1,6 @@
 """The bytes that the VAE takes on a device, counted from its layers, and in how many tiles it may be cut."""
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
 import torch
@@ -25,10 +26,16 @@ def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
     return max(vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode) for decode in (False, True))
 
 
+@cache
+def network(config):
+    """Without memory: its layers are looked at many times in a plan."""
+    with torch.device("meta"):
+        return VAE(config)
+
+
 def vae_stream_bytes(config, H, W, tiles, dtype, chunk, decode):
     """The feature cache (two frames per causal convolution), the working set of the largest residual block or upsampling, a chunk of video."""
-    with torch.device("meta"):
-        net = VAE(config).decoder if decode else VAE(config).encoder
+    net = network(config).decoder if decode else network(config).encoder
     cuts, full, frames = cut_tiles(H, W, tiles), 2 ** len(config.temporal_downsample), chunk * config.stride[0]
     n, scale, halos = chunk, 1, config.decoder_halos
     if not decode:

@@ -161,8 +161,8 @@ class Parts:
             made, clips, states, partial = found["made"], list(found["clips"]), dict(found["states"]), found["partial"]
             if not isinstance(made, dict | None) or partial is not None and not re.fullmatch(r"[^/]*\.partial\d*\.\w+", partial):
                 raise ValueError("its manifest is no text of this program")
-            for entry in [*clips, *states.values()]:
-                if not self.is_whole(**entry):
+            for entry, number in [*((clip, "frames") for clip in clips), *((state, "step") for state in states.values())]:
+                if not self.is_whole(entry["file"], entry["sha256"], entry[number], number == "frames"):
                     raise ValueError(f"{entry['file']!r} is not what was written")
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             if self.restart:
@@ -176,11 +176,11 @@ class Parts:
             raise ValueError(f"{self.folder} holds finished parts of another video ({what}): add --restart to begin anew, or choose another --out")
         self.clips, self.states = clips, states
 
-    def is_whole(self, file, sha256=None, frames=0, step=0):
-        if type(frames) is not int or frames < 0 or type(step) is not int:
+    def is_whole(self, file, sha256, number, may_lack):
+        if type(number) is not int or number < 0:
             return False
         if file is None:                                             # PNG frames, or a clip after the end of the sound
-            return True
+            return may_lack
         return re.fullmatch(r"[\w.-]+", file) is not None and digest(self.folder / file) == sha256
 
     def sweep(self):

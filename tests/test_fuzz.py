@@ -25,6 +25,7 @@ import sample
 from fast.plan import RunConfig
 from formats import checkpoints, foreign, gguf_file, lora
 from formats.checkpoints import open_checkpoint
+from jobs.parts import Parts
 from media.ffmpeg import run
 from media.frames import load_pose
 from media.pictures import fit_picture, load_image
@@ -68,11 +69,34 @@ def files(tmp_path_factory):
     save_file(pair | {"diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(2.0)}, root / "lora.safetensors", metadata={"lora_alpha": "2"})
     if importlib.util.find_spec("gguf"):
         write_gguf(root / "tensors.gguf", "wan", {"a.weight": torch.randn(64, 64), "b.bias": torch.randn(64)}, denoiser_kind, reshape=("a.weight",))
+    with_parts(root / "out.mp4")
     index = next(official.glob("high*/*.index.json"))
     return {"config": ours / "config.json", "tensors": ours / "text.safetensors", "tokenizer": ours / "tokenizer.json", "index": index,
             "official config": index.with_name("config.json"), "t5": next(official.glob("*.pth")), "pth": root / "tensors.pth",
+            "manifest": root / "out.mp4.parts" / "manifest.json", "state": next((root / "out.mp4.parts").glob("steps*")),
             "lora": root / "lora.safetensors", "pose": root / "pose.mp4", "gguf": root / "tensors.gguf",
             **{path.suffix: path for path in root.iterdir() if path.stem in ("sound", "picture")}}
+
+
+MADE = {"steps": 4, "seed": 42}
+
+
+def with_parts(out):
+    """What a run leaves behind that ends after one clip and two steps of the next."""
+    parts = Parts(out, MADE, 3).open()
+    parts.save("clip", {"motion": torch.randn(1, 16, 2, 8, 8)})
+    (parts.folder / "0000.mp4").write_bytes(bytes(1000))
+    parts.add(13, parts.folder / "0000.mp4")
+    parts.save("steps", {"x": torch.randn(1, 16, 2, 8, 8), "step": torch.tensor(2)})
+    parts.close()
+
+
+def read_parts(path):
+    parts = Parts(str(path.parent).removesuffix(".parts"), MADE, 3)
+    parts.read()
+    for name in list(parts.states):
+        parts.load(name)
+    assert type(parts.frames) is int and isinstance(parts.progress(), str)
 
 
 def read_folder(path):
@@ -96,7 +120,7 @@ PARSERS = {         # file to damage: what reads it, how many
     "config": (read_folder, 90), "official config": (read_folder, 40), "index": (read_folder, 40), "t5": (read_folder, 8),
     "pth": (lambda path: [entry.read() for entry in foreign.open_pickle(path).values()], 40),
     "tokenizer": (lambda path: Tokenizer(path)("a person with red hair"), 80),
-    "lora": (read_lora, 50),
+    "lora": (read_lora, 50), "manifest": (read_parts, 80), "state": (read_parts, 30),
 }
 if importlib.util.find_spec("gguf"):                                 # the optional package that reads these
     PARSERS["gguf"] = (lambda path: [entry.read() for entry in gguf_file.open_gguf(path).values()], 80)
