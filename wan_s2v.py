@@ -19,6 +19,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -527,21 +528,32 @@ def load_vae(checkpoint, plan):
 def decode_frames(vae, pieces, n):
     """Decode one video and keep its last n frames, on the CPU.  pieces [(1, z, any T, H, W), ...] -> (1, 3, n, height, width)
 
-    The frames of a piece travel while the next ones are computed; frame after frame in memory, as a video file takes them.
+    Frame after frame in memory, as a video file takes them.
     """
-    latents, gpu = sum(piece.shape[2] for piece in pieces), pieces[0].is_cuda
-
     def run():
-        skip, video, done = 1 + vae.stride[0] * (latents - 1) - n, None, 0
-        for frames in vae.decode_stream(pieces):
-            wanted = frames[0, :, skip:].transpose(0, 1).contiguous()                        # (any, 3, height, width)
-            skip = max(0, skip - frames.shape[2])
-            video = torch.empty(n, *wanted.shape[1:], pin_memory=gpu) if video is None else video
-            video[done:done + len(wanted)].copy_(wanted, non_blocking=True)
+        skip, video, done = 1 + vae.stride[0] * (sum(piece.shape[2] for piece in pieces) - 1) - n, None, 0
+        for frames in on_host(piece[0].transpose(0, 1).contiguous() for piece in vae.decode_stream(pieces)):     # (any, 3, height, width)
+            wanted, skip = frames[skip:], max(0, skip - len(frames))
+            video = torch.empty(n, *wanted.shape[1:]) if video is None else video
+            video[done:done + len(wanted)] = wanted
             done += len(wanted)
-        synchronize(pieces[0].device)
         return video.transpose(0, 1)[None]
     return vae.with_fp32_fallback(run)
+
+
+def on_host(pieces):
+    """Tensors -> the same on the CPU. A piece travels while the next is computed, through page-locked memory, of which that of two is used in turns."""
+    for arrived, _ in pairwise(chain(map(send, pieces), [None])):
+        yield arrived()
+
+
+def send(x):
+    """-> function that waits until x is on the CPU and returns it"""
+    if not x.is_cuda:
+        return lambda: x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    event = torch.cuda.current_stream(x.device).record_event()
+    return lambda: event.synchronize() or host
 
 
 def draw_noise(shape, seed, device, dtype):
