@@ -12,7 +12,6 @@ Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
 import math
-import os
 import statistics
 import sys
 import time
@@ -116,34 +115,10 @@ class Video:
 
     def save(self, path, av_offset=0):
         """Write an mp4 with the sound, or PNG frames if path ends in "/"; missing folders are made."""
+        from media.video import open_writer                          # here, as elsewhere: importing `sample` does not need it
         with open_writer(path, self.plan, av_offset) as writer:
             writer.write(self.frames)
         return path
-
-
-def open_writer(path, plan, av_offset=0, checkpoint=None, **how):
-    """A VideoWriter for what a plan will make, with the sound if there is any.
-
-    checkpoint  that makes it: then what is finished stays when the run ends early, and the same again goes on        how  as in jobs.parts.Parts
-    """
-    from jobs.parts import Parts, made_from                          # here, as elsewhere: importing `sample` does not need it
-    from media.video import VideoWriter, bytes_needed, encoder, is_folder
-    o, size, parts = plan.config, (plan.height, plan.width), None
-    if o.audio and abs(av_offset) >= plan.frames:
-        raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
-    need = 2**24 + bytes_needed(size, plan.frames, is_folder(path))
-    if checkpoint is not None:
-        made = made_from(plan, checkpoint) | dict(av_offset=av_offset, encoder=encoder(path))
-        parts = Parts(os.path.abspath(path), made, plan.clips, **how)
-        need += 2 * state_bytes(plan)
-    return VideoWriter(path, size, plan.fps, o.audio, o.start, o.duration, av_offset, parts, need)
-
-
-def state_bytes(plan):
-    """Of what is saved for the next clip and in the middle of one, see `make_clips` and sampling.Euler.state."""
-    latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
-    past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
-    return (4 * plan.latent_shape[0] + 19) * latent + past
 
 
 class Networks:
@@ -286,7 +261,7 @@ class WanS2VPipeline:
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if out is not None:
-            from media.video import check_output                     # here, as below: importing `sample` does not need it
+            from media.video import check_output, open_writer        # here, as below: importing `sample` does not need it
             check_output(out)
         given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
                      guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
@@ -487,10 +462,8 @@ def encode_text(checkpoint, prompts, plan):
     def encode():
         encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
         tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
-        return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
-    if checkpoint.ranks is None:
-        return encode()
-    return [rows.to(plan.config.device) for rows in checkpoint.once(lambda: [rows.cpu() for rows in encode()])]
+        return [encode_prompt(encoder, tokenizer, prompt)[None].cpu() for prompt in prompts]
+    return [rows.to(plan.config.device) for rows in checkpoint.once(encode)]
 
 
 def load_experts(checkpoint, plan, stage):

@@ -11,7 +11,6 @@ the host; offload blocks. The VAE waits in host memory while the denoiser works;
 import math
 import operator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -162,52 +161,8 @@ class Plan:
         return self.clips * self.config.steps * (2 if max(self.config.guidance) > 1 else 1)
 
     def __str__(self):
-        o, sound = self.config, []
-        made, cut = f"{self.width}x{self.height}", ""
-        if self.sound is not None:
-            heard, shown = len(self.sound) / RATE, self.frames / FPS
-            sound = [f"sound    {heard:.2f} s of {Path(o.audio).name}"]
-            made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
-            if heard > shown + 1e-3:
-                cut = f": the last {heard - shown:.2f} s of the sound are left out"
-            elif shown - heard >= 1 / FPS:
-                cut = f"; the mp4 ends with the sound, after {heard:.2f} s"
-            elif self.held:
-                cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
-        tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
-        return "\n".join((
-            *sound,
-            f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
-            *self.notes,
-            f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
-            f"tokens   {tokens}",
-            f"weights  {size_table(self.sizes)}",
-            *([ranks_text(self)] if math.prod(o.split) > 1 else []),
-            self.memory_text()))
-
-    def memory_text(self):
-        o, m, free = self.config, self.memory, self.free
-        host = f"host {m.host / GIB:.1f} of {free.host / GIB:.1f} GiB free" + "; expect swapping" * (m.host > free.host)
-        if free.device is None:
-            return f"memory   CPU, float32: {host}"
-        how = [f"{m.resident} of {m.blocks} blocks resident" if m.resident is not None else "all blocks resident"]
-        how += [f"{m.chunk} tokens at once"] * bool(m.chunk) + ["text keys on the host"] * m.host_layers
-        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.fp8 + ["8-bit attention"] * o.attention8
-        how += ["compiled"] * bool(o.compile)
-        gib = {name: f"{getattr(m, name) / GIB:.1f}" for name in ("peak", "denoiser", "weights", "text", "vae", "audio", "streamed")}
-        return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}, audio {audio}; "
-                "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
-                f"         {host}\n         {', '.join(how)}")
-
-
-def ranks_text(plan):
-    from fast.parallel import describe                               # here: one process does without
-    return describe(plan)
-
-
-def size_table(sizes):
-    """{component: GiB} -> one line"""
-    return ", ".join(f"{name} {gib:.1f} GiB" if gib >= 1 else f"{name} {1024 * gib:.1f} MiB" for name, gib in sizes.items())
+        from fast.plan_text import plan_text                         # here: importing `sample` does not need it
+        return plan_text(self)
 
 
 # ------------------------------------------------------------------------------------------------------------- what will be made
