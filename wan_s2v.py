@@ -352,13 +352,13 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
     o, n, picture = config, config.clip_frames, inputs.picture
     with stage("picture"):
         ref = vae.encode(picture)                                    # (1, z, 1, H, W)
-        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W), (1, 3, any, height, width)
+        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W) or None, (1, 3, any, height, width)
     for clip in range(keep.done, len(inputs.noise)):
-        first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
+        first = motion is None                                       # nothing came before: no motion tokens, decode behind the picture
         noise, pose = inputs.noise[clip](), encode_pose(vae, inputs.pose[clip], picture.device)
         with stage("audio"):
             audio = inputs.audio(clip * n, (clip + 1) * n)[None].to(noise.device)
-        positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=None if first else motion, pose=pose)
+        positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=motion, pose=pose)
         experts.begin(positive, dict(positive, text=inputs.negative, audio=0 * audio), o.guidance)
         vae.to("cpu")                                                # leaves its room to the denoiser
         latents = run_sampler(experts, o, noise, stage, partial(progress, clip), keep)
@@ -376,7 +376,10 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
 
 
 def begin_motion(inputs, vae, config, keep):
-    """-> motion, past (see make_clips) of the first clip to make: nothing came before, or what was saved"""
+    """-> motion, past (see make_clips) of the first clip to make: what was saved, or nothing came before, and motion is None.
+
+    The official code encodes 73 grey frames then and uses the result nowhere.
+    """
     shape, P = inputs.picture.shape[3:], inputs.motion_frames
     past = max(0, P - config.clip_frames) if keep.done else P
     if saved := keep.load("clip", motion=(1, vae.config.z_dim, 1 + P // 4, shape[0] // vae.stride[1], shape[1] // vae.stride[2]),
@@ -385,8 +388,9 @@ def begin_motion(inputs, vae, config, keep):
             vae.widen()
         return saved["motion"].to(inputs.picture.device), saved["past"]
     past = torch.zeros_like(inputs.picture, device="cpu").repeat(1, 1, P, 1, 1)              # mid grey before the first clip
-    if config.start_from_ref:
-        past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
+    if not config.start_from_ref:
+        return None, past
+    past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
     return vae.encode(past), past
 
 
