@@ -473,7 +473,7 @@ def test_reference_cases_of_other_parameters_run(tmp_path):
     """Without guidance there is no negative branch; every clip has its own pose: each of these names is found, whatever its numbers are."""
     meta = json.loads((GOLDEN / "pipeline_s2v_pose.json").read_text())
     call, inputs = meta["calls"]["video"], meta["inputs"]
-    call |= dict(guide_scale=1.0, num_repeat=2)
+    call |= dict(guide_scale=1.0, num_repeat=2, sampling_steps=1, motion_frames=5)
     inputs["noise_1"] = dict(inputs["noise_0"], seed_string="another")
     *shape, frames = inputs["audio_emb"]["shape"]
     inputs["audio_emb"]["shape"] = [*shape, max(frames, 2 * call["infer_frames"])]

@@ -165,13 +165,15 @@ def thinned(video, theirs):
 
 
 def clips(meta, golden, run):
-    """The program for one GPU: it decodes a clip behind the latents of the last 365 frames, encoded again."""
+    """The program for one GPU: it decodes a clip behind the latents of the last 365 frames, encoded again; of which the decoder sees 32 here, more
+    than it can look back."""
     call, coder, steps = meta["calls"]["video"], network(meta["modules"]["vae"]), meta["calls"]["video"]["sampling_steps"]
     n, count, online = call["infer_frames"], len(meta["scalars"]["noise_shapes"]), "online" in meta["case"]
     stream, picture = begin(meta, run, steps, n // 4, "noise_model"), reference_picture(meta, call)
     distances, sound = iter(value(meta, "relative_dist").flatten().tolist()), value(meta, "audio_emb")
     last = picture.repeat(1, 1, 365, 1, 1)                           # frames
-    (ref, steady), lead = live.still(coder, picture), coder.encode(last)
+    ref, steady = live.still(coder, picture)
+    lead = torch.cat([coder.encode(last[:, :, :49]), *[steady] * (1 + 364 // 4 - 13)], dim=2)        # of a still picture, by then it is steady
     motion, ours = steady.expand(-1, -1, stream.cfg.motion_latents, -1, -1), {"ref_latents": ref}
     ours["motion_latents"] = torch.cat([coder.encode(picture), *[steady] * (len(listed(meta, "motion_latents")) - 1)], dim=2)
     velocity, frames = stream.velocity, []
@@ -186,7 +188,7 @@ def clips(meta, golden, run):
             stream.velocity, first = watched, n * clip + 12 * block
             made.append(stream.block(noise[:, :, 3 * block:3 * block + 3], sound[..., first:first + 12], lambda: next(distances)))
         ours[f"latents_{clip}"], ours[f"motion_decode_{clip}"] = torch.cat(made, dim=2), lead
-        new = coder.decode(torch.cat([lead, ours[f"latents_{clip}"]], dim=2))[:, :, -n:][:, :, live.WARM_UP if clip == 0 else 0:]
+        new = coder.decode(torch.cat([lead[:, :, -32:], ours[f"latents_{clip}"]], dim=2))[:, :, -n:][:, :, live.WARM_UP if clip == 0 else 0:]
         frames.append(new)
         if clip + 1 < count:
             moved = min(73, new.shape[2])

@@ -1,5 +1,6 @@
 """Functions run by several processes that know each other through torch.distributed, on gloo; and the two programs that tests give them."""
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import sample
 import test_parity
 from fast.parallel import ParallelDenoiser, Ranks
 from vae import VAE
@@ -15,10 +17,18 @@ from vae import VAE
 def on_ranks(n, folder, function, *args, limit=240):
     """function(rank, *args) in n forks of this process -> what each returned. A test fails with what the first to fail has said."""
     folder = Path(folder)
+    failed = forked(n, limit, run_child, n, folder, function, args)
+    said = [path.read_text() for path in sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime)]
+    assert not failed, said[0] if said else f"no answer within {limit} s"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+
+
+def forked(n, limit, function, *args):
+    """function(rank, *args), which never returns, in n forks of this process -> whether one of them failed"""
     children = []
     for rank in range(n):
         if (pid := os.fork()) == 0:
-            run_child(rank, n, folder, function, args)
+            function(rank, *args)
         children.append(pid)
     end, left, failed = time.monotonic() + limit, set(children), False
     while left and not failed:
@@ -32,9 +42,7 @@ def on_ranks(n, folder, function, *args, limit=240):
     for pid in left:                                                 # they wait for one that is gone
         os.kill(pid, 9)
         os.waitpid(pid, 0)
-    said = [path.read_text() for path in sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime)]
-    assert not failed, said[0] if said else f"no answer within {limit} s"
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+    return failed
 
 
 def run_child(rank, n, folder, function, args):
@@ -48,6 +56,29 @@ def run_child(rank, n, folder, function, args):
         status = 0
     except BaseException:
         (folder / f"error{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+    finally:
+        os._exit(status)
+
+
+def as_torchrun(n, folder, arguments, limit=240):
+    """torchrun --nproc-per-node n sample.py ARGUMENTS, but for the start of n + 1 processes of Python: what it prints is added to folder/said and
+    folder/errors -> whether a rank failed"""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return forked(n, limit, run_program, n, folder, store.port, arguments)
+
+
+def run_program(rank, n, folder, port, arguments):
+    """Never returns, as run_child."""
+    status = 1
+    try:
+        for number, name in ((1, "said"), (2, "errors")):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))             # in place of pytest's
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+        torch.set_num_threads(1)
+        status = sample.cli(arguments)
+        sys.stdout.flush()
     finally:
         os._exit(status)
 

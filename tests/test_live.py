@@ -26,6 +26,7 @@ from jobs import live as program
 from media import stream as out
 from media.ffmpeg import probe
 from model import rope_table
+from tests.kill_runs import quick
 from test_parity import GOLDEN, entries, network
 
 HERE = Path(__file__).parents[1]
@@ -227,15 +228,13 @@ def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
 
 
-def test_a_file_and_a_pipe(tmp_path):
-    """The tiny checkpoint: an mp4 from a file; raw frames to a pipe from sound on another, all printed words on stderr."""
-    options = [sys.executable, "sample.py", "--live", "--image", FACE, "--size", "64x64", "--steps", "1"]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    to_file = ["--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")]
-    done = subprocess.run([*options, *to_file], cwd=HERE, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "times real time" in done.stdout, done.stderr
+def test_a_file_and_a_pipe(tmp_path, capsys):
+    """A tiny checkpoint: an mp4 from a file; raw frames to a pipe from sound on another, all printed words on stderr."""
+    options, env = ["--live", "--image", FACE, "--size", "64x64", "--steps", "1", *quick()], dict(os.environ, OMP_NUM_THREADS="1")
+    assert sample.cli([*options, "--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")]) == 0
+    assert "times real time" in capsys.readouterr().out
     media = probe(str(tmp_path / "a.mp4"))
     assert (media.width, media.height, media.frames, media.fps) == (64, 64, 25, 25) and abs(media.audio_duration - 1) < 0.1
     wav, _ = soundfile.read(VOICE, dtype="int16", frames=16000)
-    done = subprocess.run([*options, "--audio", "-", "--raw", "--out", "-"], cwd=HERE, env=env, input=wav.tobytes(), capture_output=True)
+    done = subprocess.run([sys.executable, "sample.py", *options, "--audio", "-", "--raw", "--out", "-"], cwd=HERE, env=env, input=wav.tobytes(), capture_output=True)
     assert done.returncode == 0 and len(done.stdout) == 25 * 64 * 64 * 3 and b"after it was heard" in done.stderr, done.stderr

@@ -30,7 +30,8 @@ from wan_s2v import WanS2VPipeline
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
-QUICK = ["--audio", VOICE, "--image", FACE, "--size", "64x64", "--clip-frames", "8", "--steps", "2", "--clips", "2", "--save-every", "1"]
+QUICK = ["--audio", VOICE, "--image", FACE, "--size", "64x64", "--clip-frames", "8", "--steps", "2", "--clips", "2", "--save-every", "1",
+         *kill_runs.quick()]
 
 
 class Ended(KeyboardInterrupt):
@@ -68,7 +69,7 @@ def broken_run(pipeline, plan, folder, places, every=1):
     (dict(clip_frames=76, clips=2, solver="dpm++", steps=1), [(1, 0)])], ids=str)
 def test_clips_and_steps_go_on_with_the_same_bits(tmp_path, changes, places):
     """Short clips look back at more than one; of 76 frames, at none; a run that ended at (0, 0) had nothing to keep."""
-    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    pipeline = WanS2VPipeline.from_pretrained(QUICK[-1], device_map="cpu")
     plan = pipeline.plan(**dict(audio=VOICE, image=FACE, size=(64, 64), steps=3, clip_frames=8, clips=3) | changes)
     unbroken = torch.cat(list(pipeline.generate(plan)), dim=1)
     assert torch.equal(broken_run(pipeline, plan, tmp_path, places), unbroken)
@@ -190,7 +191,7 @@ def test_from_python(tmp_path, monkeypatch, unbroken):
     """The same file, and the frames of the clips before read from it."""
     options = dict(audio_path=VOICE, image_path=FACE, height=64, width=64, clip_frames=8, num_inference_steps=2, clips=2,
                    out=tmp_path / "out.mp4", quiet=True)
-    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    pipeline = WanS2VPipeline.from_pretrained(QUICK[-1], device_map="cpu")
     end_after(monkeypatch, 1)
     with pytest.raises(Ended):
         pipeline(**options)
@@ -410,7 +411,7 @@ def test_ffmpeg_ends_with_its_parent():
 def test_killed_runs(tmp_path, monkeypatch):
     """The short form of kill_runs.py: its group killed. Ctrl-C has tests of its own above."""
     monkeypatch.setattr(kill_runs, "CLIPS", 3)
-    monkeypatch.setattr(kill_runs, "COMMAND", kill_runs.COMMAND + kill_runs.fast_checkpoint(tmp_path / "checkpoint"))
+    monkeypatch.setattr(kill_runs, "COMMAND", kill_runs.COMMAND + kill_runs.quick())
     (tmp_path / "unbroken").mkdir()
     begin = time.monotonic()
     assert kill_runs.start(tmp_path / "unbroken" / "out.mp4").wait(120) == 0
