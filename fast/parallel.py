@@ -37,15 +37,15 @@ def choose_split(ranks, mode, heads, guidance):
     raises  ValueError naming the numbers of ranks that work
     """
     guided = min(guidance) > 1
-    if mode == "guidance" and not (guided and ranks % 2 == 0):
-        raise ValueError(f"--parallel guidance wants an even number of ranks and a guidance above 1, got {ranks} ranks and guidance "
-                         f"{', '.join(f'{g:g}' for g in guidance)}: leave it out")
+    if mode == "guidance" and not guided:
+        raise ValueError(f"--parallel guidance wants a guidance above 1, got {', '.join(f'{g:g}' for g in guidance)}: leave it out")
     ways = {"guidance": (2,), "sequence": (1,), "auto": (2, 1)}[mode]
     for halves in ways if guided else (1,):
         if ranks % halves == 0 and heads % (ranks // halves) == 0:
             return halves, ranks // halves
     works = sorted({halves * n for halves in (ways if guided else (1,)) for n in range(1, heads + 1) if heads % n == 0})
-    raise ValueError(f"{ranks} ranks do not divide the {heads} heads of this network: start {', '.join(map(str, works))} of them")
+    raise ValueError(f"{ranks} ranks do not divide the {heads} heads of this network{' in two halves' if mode == 'guidance' else ''}: start "
+                     f"{', '.join(map(str, works))} of them")
 
 
 class Ranks:

@@ -40,7 +40,7 @@ class World:
         self.pairing, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=120)))
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30))
         self.store.set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-        self.over, self.done, self.beats, self.speaking = False, threading.Event(), {}, threading.Lock()
+        self.over, self.ending, self.done, self.beats, self.speaking = False, False, threading.Event(), {}, threading.Lock()
         signal.signal(signal.SIGTERM, self.told)                     # torchrun ends all at once when one has failed
         threading.Thread(target=self.watch, daemon=True).start()
 
@@ -66,19 +66,23 @@ class World:
         if self.done.wait(INTERRUPT):
             return
         try:
-            self.name_the_dead()
+            self.name_the_dead(absent=True)
         except RuntimeError:
             pass
-        _thread.interrupt_main()
+        if not self.ending:
+            _thread.interrupt_main()
         if not self.done.wait(EXIT - INTERRUPT):
             os._exit(2)
 
     def has(self, key):
         return self.store.check([key])
 
-    def name_the_dead(self):
-        for rank in range(self.size):
-            if rank != self.rank and self.has(f"who/{rank}") and (how := self.is_gone(rank)) and not self.has(f"ended/{rank}"):
+    def name_the_dead(self, absent=False):
+        """absent: those that never came, too"""
+        for rank in set(range(self.size)) - {self.rank}:
+            here = self.has(f"who/{rank}")
+            how = self.is_gone(rank) if here else "ended before it knew the others; all others end" if absent else None
+            if how and not self.has(f"ended/{rank}"):                # asked last: it may have ended well meanwhile
                 self.claim(rank, how)
 
     def is_gone(self, rank):
@@ -102,7 +106,7 @@ class World:
 
     def failed(self, error, args):
         """An exception has ended the work of this rank -> exit status. What comes from an exchange that broke off is another rank's failure."""
-        line, patience = explain(error, args), time.monotonic() + INTERRUPT
+        line, patience, self.ending = explain(error, args), time.monotonic() + INTERRUPT, True
         try:
             if isinstance(error, KeyboardInterrupt):
                 self.store.compare_set("failed", "", "stopped")

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from fast.fp8 import quantized
 from fast.offload import stream
 from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut, sent_bytes
 from fast.plan import RunConfig, plan_memory
+from fast.plan_text import ranks_text
 from fast.probe import GIB, Memory
 from media.frames import read_frames
 from media.sound import load_audio
@@ -150,8 +152,10 @@ def test_ranks_that_do_not_divide_the_heads():
         choose_split(3, "auto", 40, (4.5,))
     with pytest.raises(ValueError, match="start 1, 2, 4, 5, 8, 10, 20, 40 of them"):
         choose_split(16, "sequence", 40, (4.5,))
-    with pytest.raises(ValueError, match="an even number of ranks and a guidance above 1, got 3 ranks"):
+    with pytest.raises(ValueError, match="3 ranks do not divide the 40 heads of this network in two halves: start 2, 4, 8, 10, 16, 20, 40, 80 of them"):
         choose_split(3, "guidance", 40, (4.5,))
+    with pytest.raises(ValueError, match="--parallel guidance wants a guidance above 1, got 1: leave it out"):
+        choose_split(2, "guidance", 40, (1.0,))
 
 
 # ---- the plan
@@ -180,6 +184,10 @@ def test_the_plan_knows_the_ranks():
     print([f"{plan.denoiser / GIB:.1f} GiB, {plan.tiles} tiles" for plan in plans])
     assert all(a.denoiser > b.denoiser and b.resident is None for a, b in pairwise(plans)) and plans[0].weights == plans[3].weights
     assert [plan.tiles % n for plan, n in zip(plans, (1, 2, 4, 8))] == [0] * 4
+    plan = SimpleNamespace(config=replace(config, split=(2, 4)), denoiser=configs["denoiser"], tokens=(72160, tokens), video_tokens=70400,
+                           latent_shape=shape)
+    assert ranks_text(plan) == ("ranks    8: 2 branches of guidance x 4 runs of 19,800 tokens, 10 of 40 heads each; each sends 24.34 GB a forward, "
+                                "18 MB a step; memory below is of each")
 
 
 # ---- the VAE
@@ -197,7 +205,7 @@ def coded(rank, split):
     return gaps
 
 
-@pytest.mark.parametrize("split", [(1, 3)] + [(2, 2)] * MORE, ids=str)
+@pytest.mark.parametrize("split", [(1, 3)] + [(2, 2), (2, 3)] * MORE, ids=str)
 def test_tiles_of_the_vae(split, tmp_path):
     for gaps in on_ranks(split[0] * split[1], tmp_path, coded, split):
         print(gaps)

@@ -23,13 +23,14 @@ from fast import blocks
 from media import frames as frame_reader
 from media.ffmpeg import probe, run
 from sampling import Experts
+from tests.kill_runs import quick
 from tiny import random_weights
 from vae import VAE22
 from wan_s2v import WanS2VPipeline
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
-QUICK = ["--steps", "2", "--size", "64x64", "--clip-frames", "16"]
+QUICK = ["--steps", "2", "--size", "64x64", "--clip-frames", "16", *quick()]
 
 
 @pytest.fixture(scope="session")
