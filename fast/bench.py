@@ -120,9 +120,9 @@ def bench_denoiser(args, configs, device, dtype, shape, memory):
     steady, host = memory_used(device)
     gpu, live = max(whole, steady), torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
     print(f"denoiser   {tokens:,} tokens, {median:.3f} s per forward ({least:.3f} to {most:.3f}; first call {first:.1f} s), "
-          f"{(linear + attn) / median / 1e12:.0f} TFLOP/s")
-    print(f"           floor {floor:.3f} s = {linear / 1e12:.0f} TFLOP linear at {matmul / 1e12:.0f} + {attn / 1e12:.0f} attention at "
-          f"{attend / 1e12:.0f} TFLOP/s; reached {floor / median:.0%}")
+          f"{(linear + attn) / median / 1e12:.3g} TFLOP/s")
+    print(f"           floor {floor:.3f} s = {linear / 1e12:.3g} TFLOP linear at {matmul / 1e12:.3g} + {attn / 1e12:.3g} attention at "
+          f"{attend / 1e12:.3g} TFLOP/s; reached {floor / median:.0%}")
     print(f"           peak {gpu:.2f} GiB reserved on the GPU ({steady:.2f} after the first call, {live:.2f} of it tensors), {host:.1f} GiB of "
           f"host memory")
     if args.profile:

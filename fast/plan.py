@@ -206,7 +206,10 @@ def frame_size(o, kind, stride):
         picture, area = load_image(o.image), width * height
         own = rule(picture.height, picture.width, area, step=step * stride)
         if kind != "s2v" or picture.width * picture.height >= area:
-            return *own, ()
+            seen = min(1, picture.height / picture.width / own[0] * own[1]), min(1, picture.width / picture.height / own[1] * own[0])
+            cut = kind != "i2v" and not o.official and min(seen) < 0.9
+            return *own, (f"picture  {picture.width}x{picture.height}, of which the middle {picture.width * seen[0]:.0f}x{picture.height * seen[1]:.0f} "
+                          "is seen",) * cut
         times = math.ceil(math.sqrt(area / (picture.width * picture.height)))             # at least the area, which the rule then cuts down to
         large = rule(picture.height * times, picture.width * times, area, step=step * stride)
         if o.enlarge or math.prod(large) <= math.prod(own):
@@ -298,7 +301,7 @@ def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
     choices = [(way, config.resident) for way in ways]
     if config.resident is None:
-        choices += [(ways[-1], resident) for resident in range(n - 1, -1, -1)]
+        choices += [(way, resident) for resident in range(n - 1, -1, -1) for way in ways]
     for way, resident in choices:
         chosen = MemoryPlan(resident=resident, blocks=n, fp8=fp8, **way)
         weights, pinned, _ = weigh_expert(resident)

@@ -18,7 +18,7 @@ def plan_text(plan):
         if heard > shown + 1e-3:
             cut = f": the last {heard - shown:.2f} s of the sound are left out"
         elif shown - heard >= 1 / FPS:
-            cut = f"; the mp4 ends with the sound, after {heard:.2f} s"
+            cut = f"; an mp4 ends with the sound, after {heard:.2f} s"
         elif plan.held:
             cut = f", the last frame held for {plan.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
     tokens = f"{plan.tokens[0]:,}" + (f" in the first clip, {plan.tokens[1]:,} in a later one" if len(plan.tokens) > 1 else "")

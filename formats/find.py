@@ -36,5 +36,5 @@ def refuse(folder, name):
     if known or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hub = f"Wan-AI/{folder.name}" if known else name
         raise ValueError(f"no checkpoint folder {name}: get it by `hf download {hub} --local-dir {folder.name}`"
-                         f"{f', {PUBLISHED[folder.name]} GB' if known else ''} (`pip install huggingface_hub` brings hf), then --ckpt {folder.name}")
+                         f"{f', {PUBLISHED[folder.name]} GB' if known else ''} (`pip install huggingface_hub` brings hf), then give {folder.name}")
     raise ValueError(f"no checkpoint folder {name}: give a folder, or one of {', '.join(f'Wan-AI/{name}' for name in PUBLISHED)}")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fast.estimate import estimate_seconds, forward_flops
+from fast.estimate import estimate_seconds, forward_flops, other_seconds
 from fast.plan import RunConfig
 from fast.probe import cap_memory
 from jobs import lock, stop
@@ -131,7 +131,7 @@ def read_line(number, line):
         if not isinstance(given, dict):
             raise ValueError("no object in braces")
     except (ValueError, RecursionError) as error:
-        return Job(number, {}, printable(line[:40].decode(errors="replace")), f"it is not JSON ({error})")
+        return Job(number, {}, f'"{printable(line[:40].decode(errors="replace"))}"', f"no JSON ({error})")
     names = [given[name] for name in ("audio", "image", "out", "prompt") if isinstance(given.get(name), str)] + [f"job {number}"]
     return Job(number, given, printable(os.path.basename(names[0].rstrip("/"))[:60]))
 
@@ -221,7 +221,8 @@ def check(job, program, pipelines, outs, inputs, summary):
         return
     check_output(job.out)
     job.work = plan.forwards * sum(forward_flops(plan.denoiser, plan.tokens[-1], plan.video_tokens))
-    summary.rate = summary.rate or estimate_seconds(plan) / job.work             # until one is done
+    if summary.rate is None:                                         # until one is done
+        summary.rate = (estimate_seconds(plan) + other_seconds(plan, job.pipeline.checkpoint.configs["vae"])) / job.work
 
 
 def guarded(job, do):

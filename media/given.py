@@ -33,7 +33,7 @@ def check_inputs(o, task, kind, stride):
     if kind == "s2v":
         for name in ("audio", "image"):
             if getattr(o, name) is None:
-                raise ValueError(f"{task} needs an {name}: give a file")
+                raise ValueError(f"{task} needs an {name}: give --{name} FILE, in Python {name}_path")
         check_length(o)
         if o.pose_video:
             from media.frames import open_pose                       # here: who gives none does not need it
@@ -44,9 +44,9 @@ def check_inputs(o, task, kind, stride):
     if kind == "t2v" and o.image:
         raise ValueError(f"{task} takes a prompt and no picture, got {o.image}: leave it out, or use an I2V or TI2V checkpoint")
     if kind == "i2v" and not o.image:
-        raise ValueError(f"{task} needs a picture: give one")
+        raise ValueError(f"{task} needs a picture: give --image FILE, in Python image_path")
     if kind != "i2v" and not o.prompt.strip():
-        raise ValueError(f"{task} needs a prompt: say what is to be seen")
+        raise ValueError(f"{task} needs a prompt that says what is to be seen: give --prompt TEXT")
     if o.frames % stride != 1:
         raise ValueError(f"frames must be 1 + a multiple of {stride}, got {o.frames}: take {o.frames - (o.frames - 1) % stride}")
 

@@ -217,6 +217,7 @@ class VideoWriter:
         if not is_folder(path) and (size[0] % 2 or size[1] % 2):
             raise ValueError(f"H.264 (yuv420p) wants an even width and height, got {size[1]}x{size[0]}: write PNG frames instead")
         self.path, self.size, self.fps, self.as_frames = os.path.abspath(path), tuple(size), fps, is_folder(path)
+        self.muted = audio is not None and self.as_frames
         self.sound = None if audio is None or self.as_frames else open_sound(audio, start, duration, shift=av_offset / fps)
         self.limit = math.ceil(self.sound.end * fps - 1e-6) if self.sound else math.inf      # the last frame begins before the sound ends
         self.parts = parts or Parts(self.path)
@@ -296,6 +297,7 @@ class VideoWriter:
         if not self.parts.frames:
             self.leave()
             raise ValueError(f"no frames were made, {self.path} is not written")
+        replaced = os.path.lexists(self.path) and not self.as_frames
         try:
             if self.as_frames:
                 self._take_pictures()
@@ -310,6 +312,10 @@ class VideoWriter:
             raise
         seconds = self.parts.frames / self.fps
         self.summary = f"{self.path}: {self.parts.frames} frames of {self.size[1]}x{self.size[0]}, {seconds:.3f} s at {self.fps:g} fps"
+        if replaced:
+            self.summary += "; it takes the place of an earlier file"
+        if self.muted:
+            self.summary += "; pictures alone, without the sound"
         if self.dropped:
             self.summary += f"; {self.dropped} frames after the end of the sound left out"
         if self.sound and self.sound.end - seconds > 1 / self.fps:

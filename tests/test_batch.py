@@ -162,7 +162,7 @@ def test_a_folder_of_sounds_and_one_of_pictures(tmp_path, made, capsys):
 
 
 @pytest.mark.parametrize("job, words", [
-    ("{", "it is not JSON"), ("[3]", "no object in braces"), ("[" * 9999, "it is not JSON"), ({"audio": "a.wav", "sede": 3}, 'did you mean "seed"?'),
+    ("{", "no JSON"), ("[3]", "no object in braces"), ("[" * 9999, "no JSON"), ({"audio": "a.wav", "sede": 3}, 'did you mean "seed"?'),
     ({"audio": "a.wav", "seed": True}, '"seed" wants a number or a text'), ({"audio": "a.wav", "seed": "x"}, "argument --seed: invalid int value"),
     ({"audio": "a.wav", "official": 1}, '"official" wants true or false, got 1'), ({"audio": "a.wav", "batch": "x"}, "is no option of a job"),
     ({"audio": ["a.wav"]}, "a number or a text"), ({"audio": "a.wav", "size": [64, 64]}, '"size" wants a number or a text'),

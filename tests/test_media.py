@@ -225,7 +225,10 @@ def test_round_trip(tmp_path):
             out.write(part)
     info = probe(tmp_path / "a.mp4")
     assert (info.width, info.height, info.fps, info.frames, info.video_codec, info.has_audio) == (96, 64, 16, 41, "h264", False)
-    assert "41 frames of 96x64" in out.summary
+    assert "41 frames of 96x64" in out.summary and "earlier file" not in out.summary
+    with VideoWriter(tmp_path / "a.mp4", SIZE, FPS) as again:
+        again.write(clip)
+    assert "41 frames of 96x64" in again.summary and "it takes the place of an earlier file" in again.summary
     got = np.stack(list(read_frames(tmp_path / "a.mp4")))
     want = ((clip + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0).numpy()
     assert np.abs(got.astype(int) - want).mean() < 3      # of 255: H.264 and half-resolution colour; a wrong colour matrix gives 6

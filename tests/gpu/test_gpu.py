@@ -23,11 +23,14 @@ from fast.attention8 import attention8
 from fast.blocks import FastDenoiser, SigmoidGELU, attention_backend
 from fast.fp8 import E4M3, FP8Linear, dequantize, quantize, quantize_weight, quantized, relative_error
 from fast.offload import HostLayers, all_blocks, footprint, split, stream
-from formats.checkpoints import parameter_dtype
+from formats.checkpoints import materialise, parameter_dtype
 from model import Config, attention, layer_norm, modulate
 from tests.inputs import as_entries, as_stored, clip, empty, exact_attention, random_net
 from tests.test_attention8 import CASES, inputs
 from tests.test_kernels import check_attend_last, inputs as inputs_with_last_keys
+from tiny.random_weights import VAE22, random_part
+from vae import VAEConfig
+from wan_s2v import decode_frames
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 THERE = torch.cuda.is_available()
@@ -152,6 +155,37 @@ def test_the_fast_denoiser_is_the_plain_one(task, options):
     mine = relative_error(fast(latents, t, clip(fast, cfg, **SHAPE)[2][0]), want)
     print(f"\n{task} {options}: {mine:.3%} off float32, model.py in bfloat16 {off:.3%}")
     assert mine < 1.2 * off < 0.05
+
+
+@eight_bit_cores
+@pytest.mark.parametrize("attend", [blocks.attend, attention8], ids=["exact", "8-bit"])
+@pytest.mark.parametrize("task", TASKS)
+def test_float8_compiled_of_every_task(task, attend):
+    """Compiled float8 layers, with exact and with 8-bit attention, are as far from the unrounded network as the same layers uncompiled."""
+    cfg = TASKS[task]
+    tensors = float8_tensors(cfg)
+    exact, net = random_net(cfg, "cuda"), stream(empty(cfg, tensors), tensors, "cuda", as_stored)
+    latents, t, (cond, _) = clip(exact, cfg, **SHAPE)
+    want, off = exact(latents, t, cond), []
+    for fast in (FastDenoiser(net), FastDenoiser(net, attend=attend, compile=True)):
+        off.append(relative_error(fast(latents, t, clip(fast, cfg, **SHAPE)[2][0]), want))
+    print(f"\n{task}: {off[1]:.3%} off float32, uncompiled with exact attention {off[0]:.3%}")
+    assert 0 < off[1] < 1.3 * off[0] < 0.13
+
+
+@pytest.mark.parametrize("name", ["2.1", "2.2"])
+def test_float16_vae(name):
+    """Frames and latents in float16, whole and in tiles, through page-locked memory, against float32; released widths, a small picture."""
+    part = random_part("vae", VAE22 if name == "2.2" else VAEConfig(), torch.float32, "vae")
+    slow, fast = (materialise("vae", part.config, part.tensors, torch.device("cuda"), dtype) for dtype in (torch.float32, torch.float16))
+    latents = torch.randn(1, part.config.z_dim, 3, 6, 10, generator=torch.Generator().manual_seed(0)).cuda()
+    video = decode_frames(slow, [latents], 9)                        # (1, 3, 9, height, width)
+    for tiles in (1, 3):
+        fast.tiles = tiles
+        frames, coded = decode_frames(fast, [latents[:, :, :1], latents[:, :, 1:]], 9), fast.encode(video.cuda())
+        off, apart = float((frames - video).abs().max()), relative_error(coded, slow.encode(video.cuda()))
+        print(f"\nVAE {name}, {tiles} tiles: frames off by {off:.5f} at most of [-1, 1], latents by {apart:.2e}")
+        assert fast.dtype == torch.float16 and 0 < off < 2 / 255 and apart < 0.01 and not frames.is_pinned()
 
 
 @pytest.mark.parametrize("task, slow", [("s2v", "neither"), ("s2v", "compute"), ("s2v", "copy"), ("t2v", "copy"), ("i2v", "copy"), ("ti2v", "copy")])
