@@ -19,6 +19,8 @@ import torch
 
 import sample
 import wan_s2v
+from fast import fp8
+from formats.checkpoints import change_denoisers
 from jobs import lock
 from jobs.parts import Parts, made_from, safely
 from media.ffmpeg import ffmpeg_command, probe
@@ -145,7 +147,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch, capsys, unbroken):
 @pytest.mark.parametrize("changes, words", [
     (["--seed", "7"], "seed 42, now 7"), (["--start", "1"], "start 0.0, now 1.0"), (["--prompt", "sad"], 'prompt "", now "sad"'),
     (["--image", str(HERE / "docs" / "strip.png")], "another image"), (["--audio", str(HERE / "samples" / "italian.flac")], "another audio"),
-    (["--av-offset", "-3"], "av_offset 0, now -3"), (["--no-fp8"], "another checkpoint")], ids=str)
+    (["--av-offset", "-3"], "av_offset 0, now -3"), (["--ckpt", str(HERE / "weights" / "tiny")], "another checkpoint")], ids=str)
 def test_another_command_does_not(broken, tmp_path, capsys, changes, words):
     shutil.copytree(broken, tmp_path, dirs_exist_ok=True)
     before = left(tmp_path / "out.mp4.parts")
@@ -153,6 +155,15 @@ def test_another_command_does_not(broken, tmp_path, capsys, changes, words):
     line = capsys.readouterr().err.splitlines()[-1]
     assert words in line and "holds finished parts of another video" in line and "--restart" in line, line
     assert left(tmp_path) == ["out.mp4.parts", "out.partial.mp4"] and left(tmp_path / "out.mp4.parts") == before
+
+
+def test_float8_multiplied_out_is_another_checkpoint():
+    """As --no-fp8 has it."""
+    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    plan = pipeline.plan(audio=VOICE, image=FACE, size=(64, 64))
+    other = change_denoisers(pipeline.checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
+    first, second = made_from(plan, pipeline.checkpoint), made_from(plan, other)
+    assert first == made_from(plan, pipeline.checkpoint) and [name for name in first if first[name] != second[name]] == ["checkpoint"]
 
 
 def test_speed_and_names_do_not_matter(broken, tmp_path, capsys):
