@@ -283,12 +283,15 @@ class Block(nn.Module):
 
     def prepare(self, text, audio_local=None, audio_global=None):
         """text (B, S, C), audio_local (B, T, A, C), audio_global (B, T, 1, C) -> LayerCond"""
-        keys_values = self.cross_attn.keys_values(text)              # (2, B, S, K, D)
+        return LayerCond(self.cross_attn.keys_values(text), *self.hear(audio_local, audio_global))
+
+    def hear(self, audio_local, audio_global):
+        """-> audio keys and values, and AdaIN, of LayerCond. Apart from `prepare`, as in a stream audio is new in every block and text never."""
         if self.inject is None:
-            return LayerCond(keys_values)
+            return None, None
         audio = self.inject.keys_values(audio_local.flatten(0, 1)).unflatten(1, audio_local.shape[:2])         # (2, B, T, A, K, D)
         adain = torch.stack(self.inject.adain(F.silu(audio_global)).float().chunk(2, dim=-1))                  # (2, B, T, 1, C)
-        return LayerCond(keys_values, audio, adain)
+        return audio, adain
 
     def modulations(self, mod):
         """Shift, scale and gate of self-attention, then of the FFN, for each diffusion time.  mod (B, R, 6, C) -> (6, B, R, C) float32"""

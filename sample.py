@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import any_terminal, cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
-from wan_s2v import Progress, Stages, WanS2VPipeline, open_writer, run_dtype
+from wan_s2v import Progress, Stages, WanS2VPipeline, run_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
@@ -130,8 +130,14 @@ def parser():
     g.add_argument("--attention8", action=argparse.BooleanOptionalAction, default=False,
                    help="self-attention in 8 bits: faster on GPUs with 8-bit tensor cores, off by 3.6%% of each attention output on "
                         "random inputs (default: off)")
+    g.add_argument("--parallel", choices=("auto", "guidance", "sequence", "batch"), default="auto", help="under torchrun --nproc-per-node N: what is "
+                   "spread over N GPUs, the two branches of guidance, then tokens; tokens alone; or the jobs of --batch (default: by N, see "
+                   "docs/parallel.md)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, where it saves more "
                    f"than the {COMPILE_SECONDS} s that it takes)")
+    p.set_defaults(world=None)                                       # of many processes, see jobs/ranks.py
+    from jobs.live import options                                    # here: importing `sample` does not need it
+    options(p)
     return p
 
 
@@ -165,27 +171,38 @@ def open_pipeline(args):
     if args.vram is not None and not args.vram > 0:
         raise ValueError(f"--vram wants the size of a card in GB, got {args.vram:g}")
     checkpoint = open_folder(args.ckpt)
+    if args.lora:
+        from convert_weights import merge
+        checkpoint = merge(checkpoint, args.lora, "cpu")
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
-    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, **choices(args))
+    ranks = args.world.arrange(args, checkpoint) if args.world and args.batch is None else None
+    pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, ranks=ranks, **choices(args))
     cap_memory(pipeline.device, args.vram)
     return pipeline
 
 
+def plan_of(pipeline, args):
+    return pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
+
+
 def make_video(pipeline, args):
     """Plan, make and write one video, saying so."""
-    plan = pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in pipeline.choices})
+    plan = plan_of(pipeline, args)
     print(plan)
     from fast.estimate import estimate_seconds, other_seconds        # here: importing `sample` does not need it
     denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"])
     print(f"time     about {tqdm.format_interval(round(denoising + other))} in all from here, {tqdm.format_interval(round(denoising))} of it denoising")
+    from media.video import open_writer
     stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
     writer = open_writer(args.out, plan, args.av_offset, pipeline.checkpoint, every=args.save_every, keep=args.keep_parts, restart=args.restart)
     try:
         with writer:
             if went := writer.parts.progress():
                 print(f"going on after {went}")
+            if ranks := pipeline.networks.ranks:                     # the others go on with it
+                ranks.once(lambda: (writer.parts.done, {name: writer.parts.load(name) for name in writer.parts.states}))
             for frames in pipeline.generate(plan, stages, progress, writer.parts):
                 with stages("write"):
                     writer.write(frames)
@@ -204,9 +221,16 @@ def make_video(pipeline, args):
 
 def main(args):
     """-> exit status"""
+    if args.parallel != "auto" and args.world is None:
+        raise ValueError(f"--parallel {args.parallel} wants several processes: torchrun --nproc-per-node 4 sample.py ...")
     if args.batch is not None:
         from jobs.batch import run_batch                             # here, as below: importing `sample` does not need it
         return run_batch(args, sys.modules[__name__])
+    if args.lora and not args.live:
+        raise ValueError("--lora goes with --live; for other videos merge it: python convert_weights.py SRC DST --lora FILE")
+    if args.live:
+        from jobs.live import run_live
+        return run_live(args, sys.modules[__name__])
     from media.video import check_output
     check_output(args.out)
     make_video(open_pipeline(args), args)
@@ -222,6 +246,9 @@ def tell(line):
 def cli(argv=None):
     """Run the command line -> exit status: 0, 2 for anything wrong with the input or the machine, 130, 143, 129 for Ctrl-C, SIGTERM, SIGHUP."""
     any_terminal()
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:          # torchrun
+        from jobs.ranks import run_rank
+        return run_rank(argv, sys.modules[__name__])
     stop.begin()
     try:
         code = run(argv)

@@ -39,18 +39,19 @@ from model import expert_index
 
 # ------------------------------------------------------------------------------------------------------------------ the sampler
 
-def denoise(experts, solver, noise, clean=None, progress=iter, after_step=lambda step, x: None):
+def denoise(experts, solver, noise, clean=None, progress=iter, after_step=lambda step, x: None, velocity=None):
     """Integrate the flow from noise to latents.
 
     experts   Experts, after `begin`        solver    from make_solver        noise  (B, z, T, H, W), or latents before step `solver.begin`
     clean     (B, z, n, H, W) latents of known first frames (TI2V), or None
     progress  wraps the list of steps, for a progress bar        after_step  is told how many steps are done, and the latents
+    velocity  function (x, t, *what `experts.at` gives) -> velocity; None: guided_velocity, fast/caching.py has others
     returns   (B, z, T, H, W) float32
     """
     x = keep_clean_frames(noise.float(), clean)
     for i, t in progress(list(enumerate(solver.timesteps.tolist()))[solver.begin:]):
-        velocity = guided_velocity(x, t, *experts.at(t))
-        x = keep_clean_frames(solver.step(velocity, i, x), clean)
+        v = (velocity or guided_velocity)(x, t, *experts.at(t))
+        x = keep_clean_frames(solver.step(v, i, x), clean)
         after_step(i + 1, x)
     experts.end()
     return x
@@ -60,9 +61,10 @@ def guided_velocity(x, t, net, scale, cond, uncond):
     """Classifier-free guidance: from the velocity without the prompt towards, and past, the one with it. uncond None: no guidance."""
     t = torch.full(x.shape[:1], t, device=x.device)                  # (B,)
     with network_errors():
-        v = net(x, t, cond)
-        u = None if uncond is None else net(x, t, uncond)
-    return v if u is None else u + scale * (v - u)
+        if uncond is None:
+            return net(x, t, cond)
+        v, u = net.both(x, t, cond, uncond) if hasattr(net, "both") else (net(x, t, cond), net(x, t, uncond))      # both: fast/parallel.py
+    return u + scale * (v - u)
 
 
 @contextmanager

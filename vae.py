@@ -363,16 +363,16 @@ def new_cache(*nets):
     return deque(None for net in nets for layer in net.modules() if isinstance(layer, CausalConv))
 
 
-def in_tiles(net, layers, chunks, tiles):
+def in_tiles(net, layers, chunks, tiles, ranks=None):
     """Stream `chunks` (B, n, h, w, C) through net.run_stages, whose temporal convolutions are in `layers`; in tiles as fast/vae_plan.py says."""
     def stream(chunks, crop):
         cache = new_cache(*layers)
         return (net.run_stages(x, cache, crop) for x in chunks)
 
-    if tiles == 1:
+    if tiles == 1 and ranks is None:
         return stream(chunks, uncropped)
     from fast.vae_plan import stream_tiles                                        # here: a whole picture does without
-    return stream_tiles(stream, chunks, net.scale, tiles)
+    return stream_tiles(stream, chunks, net.scale, tiles, ranks)
 
 
 def regroup(pieces, size):
@@ -393,6 +393,7 @@ class VAE(nn.Module):
         self.config = config
         self.stride = config.stride
         self.tiles = 1        # more tiles, one after the other: less memory, some more work, the same result within rounding
+        self.ranks = None     # a Ranks of fast/parallel.py: each works on its share of the tiles
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
@@ -444,7 +445,7 @@ class VAE(nn.Module):
         """
         net, (mean, std) = self.encoder, self.latent_statistics()
         cache, chunks = new_cache(net.middle, net.conv_out), self.checked(pieces, self.stride[0] * self.chunk(chunk))
-        for x in in_tiles(net, [net.conv_in, net.stages], chunks, self.tiles):
+        for x in in_tiles(net, [net.conv_in, net.stages], chunks, self.tiles, self.ranks):
             mu, _ = net.bottleneck(x.to(mean.device), cache).float().chunk(2, dim=1)   # (B, z_dim, T, H, W)
             yield ((mu - mean) / std).contiguous()
 
@@ -457,7 +458,7 @@ class VAE(nn.Module):
         net, (mean, std) = self.decoder, self.latent_statistics()
         cache, chunks = new_cache(net.conv_in, net.middle), regroup(pieces, self.chunk(chunk))
         chunks = (net.bottleneck((z.to(mean) * std + mean).to(net.conv_in.weight), cache) for z in chunks)   # (B, T, H, W, C) each
-        for x in in_tiles(net, [net.stages, net.conv_out], chunks, self.tiles):
+        for x in in_tiles(net, [net.stages, net.conv_out], chunks, self.tiles, self.ranks):
             yield x.to(mean).clamp(-1, 1).movedim(-1, 1).contiguous()             # (B, 3, P, 8H, 8W)
 
     def chunk(self, chunk):

@@ -12,7 +12,6 @@ Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
 import math
-import os
 import statistics
 import sys
 import time
@@ -116,41 +115,18 @@ class Video:
 
     def save(self, path, av_offset=0):
         """Write an mp4 with the sound, or PNG frames if path ends in "/"; missing folders are made."""
+        from media.video import open_writer                          # here, as elsewhere: importing `sample` does not need it
         with open_writer(path, self.plan, av_offset) as writer:
             writer.write(self.frames)
         return path
 
 
-def open_writer(path, plan, av_offset=0, checkpoint=None, **how):
-    """A VideoWriter for what a plan will make, with the sound if there is any.
-
-    checkpoint  that makes it: then what is finished stays when the run ends early, and the same again goes on        how  as in jobs.parts.Parts
-    """
-    from jobs.parts import Parts, made_from                          # here, as elsewhere: importing `sample` does not need it
-    from media.video import VideoWriter, bytes_needed, encoder, is_folder
-    o, size, parts = plan.config, (plan.height, plan.width), None
-    if o.audio and abs(av_offset) >= plan.frames:
-        raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
-    need = 2**24 + bytes_needed(size, plan.frames, is_folder(path))
-    if checkpoint is not None:
-        made = made_from(plan, checkpoint) | dict(av_offset=av_offset, encoder=encoder(path))
-        parts = Parts(os.path.abspath(path), made, plan.clips, **how)
-        need += 2 * state_bytes(plan)
-    return VideoWriter(path, size, plan.fps, o.audio, o.start, o.duration, av_offset, parts, need)
-
-
-def state_bytes(plan):
-    """Of what is saved for the next clip and in the middle of one, see `make_clips` and sampling.Euler.state."""
-    latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
-    past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
-    return (4 * plan.latent_shape[0] + 19) * latent + past
-
-
 class Networks:
-    """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`)."""
+    """A Checkpoint whose networks are kept between videos as far as memory allows (see `keepable`), on one process or on many (ranks)."""
 
-    def __init__(self, checkpoint, keep):
-        self.checkpoint, self.keep, self.names, self.kept = checkpoint, keep, set(), {}      # kept: name -> (how it was loaded, network)
+    def __init__(self, checkpoint, keep, ranks=None):
+        self.checkpoint, self.keep, self.ranks = checkpoint, keep, ranks
+        self.names, self.kept = set(), {}                            # kept: name -> (how it was loaded, network)
 
     def __getattr__(self, name):
         return getattr(self.checkpoint, name)
@@ -170,6 +146,10 @@ class Networks:
         if name in self.names:
             self.kept[name] = how, net
         return net
+
+    def once(self, make):
+        """make(), tensors on the CPU: of many processes one does it for all."""
+        return make() if self.ranks is None else self.ranks.once(make)
 
     def nbytes(self, device):
         """Of what is kept on a device."""
@@ -198,13 +178,15 @@ class WanS2VPipeline:
 
     checkpoint  from formats.checkpoints.open_checkpoint        vram     GiB of a card to plan for; None: what is free
     keep        the networks between videos, as far as memory allows
+    ranks       a Ranks of fast/parallel.py: this process and others make every video together
     choices     fields of RunConfig that hold for every video: device, dtype, vae_dtype, fp8, compile, attention8, resident
     """
 
-    def __init__(self, checkpoint, vram=None, keep=True, **choices):
+    def __init__(self, checkpoint, vram=None, keep=True, ranks=None, **choices):
         from media.given import check_names                          # here, as below: importing `sample` does not need it
         check_names(choices)
-        self.checkpoint, self.vram, self.choices, self.networks = checkpoint, vram, choices, Networks(checkpoint, keep)
+        self.checkpoint, self.vram, self.networks = checkpoint, vram, Networks(checkpoint, keep, ranks)
+        self.choices = choices | dict(split=ranks.split if ranks else (1, 1))
         self.device = choices.get("device", torch.device("cpu"))
 
     @classmethod
@@ -226,6 +208,7 @@ class WanS2VPipeline:
         from media.given import check_names, default_float32
         check_names(options)
         free = free_memory(self.device, self.vram, self.networks.nbytes(self.device))
+        free = self.networks.ranks.least(free) if self.networks.ranks else free
         with default_float32():
             return make_plan(RunConfig(**self.choices | options), self.checkpoint, free)
 
@@ -278,7 +261,7 @@ class WanS2VPipeline:
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if out is not None:
-            from media.video import check_output                     # here, as below: importing `sample` does not need it
+            from media.video import check_output, open_writer        # here, as below: importing `sample` does not need it
             check_output(out)
         given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
                      guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
@@ -337,8 +320,11 @@ def generate_s2v(checkpoint, plan, stage, progress, keep=NOTHING):
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     with stage("audio"):
         from fast.hearing import Hearing                             # here: importing `sample` does not need it
-        audio = Hearing(plan.sound, checkpoint.configs["audio"], lambda: checkpoint.load("audio", o.device, torch.float32), o.device, FPS, n)
-        audio(keep.done * n, keep.done * n + n)                      # before other networks need the device
+        hear = Hearing(plan.sound, checkpoint.configs["audio"], lambda: checkpoint.load("audio", o.device, torch.float32), o.device, FPS, n)
+
+        def audio(first, end):
+            return checkpoint.once(lambda: hear(first, end))
+        audio(keep.done * n, keep.done * n + n)                                                  # before other networks need the device
     with stage("picture"):
         vae = load_vae(checkpoint, plan)
         picture = fit_picture(load_image(o.image), size, o.official).to(o.device)[None, :, None]
@@ -366,13 +352,13 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
     o, n, picture = config, config.clip_frames, inputs.picture
     with stage("picture"):
         ref = vae.encode(picture)                                    # (1, z, 1, H, W)
-        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W), (1, 3, any, height, width)
+        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W) or None, (1, 3, any, height, width)
     for clip in range(keep.done, len(inputs.noise)):
-        first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
+        first = motion is None                                       # nothing came before: no motion tokens, decode behind the picture
         noise, pose = inputs.noise[clip](), encode_pose(vae, inputs.pose[clip], picture.device)
         with stage("audio"):
             audio = inputs.audio(clip * n, (clip + 1) * n)[None].to(noise.device)
-        positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=None if first else motion, pose=pose)
+        positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=motion, pose=pose)
         experts.begin(positive, dict(positive, text=inputs.negative, audio=0 * audio), o.guidance)
         vae.to("cpu")                                                # leaves its room to the denoiser
         latents = run_sampler(experts, o, noise, stage, partial(progress, clip), keep)
@@ -390,7 +376,10 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
 
 
 def begin_motion(inputs, vae, config, keep):
-    """-> motion, past (see make_clips) of the first clip to make: nothing came before, or what was saved"""
+    """-> motion, past (see make_clips) of the first clip to make: what was saved, or nothing came before, and motion is None.
+
+    The official code encodes 73 grey frames then and uses the result nowhere.
+    """
     shape, P = inputs.picture.shape[3:], inputs.motion_frames
     past = max(0, P - config.clip_frames) if keep.done else P
     if saved := keep.load("clip", motion=(1, vae.config.z_dim, 1 + P // 4, shape[0] // vae.stride[1], shape[1] // vae.stride[2]),
@@ -399,8 +388,9 @@ def begin_motion(inputs, vae, config, keep):
             vae.widen()
         return saved["motion"].to(inputs.picture.device), saved["past"]
     past = torch.zeros_like(inputs.picture, device="cpu").repeat(1, 1, P, 1, 1)              # mid grey before the first clip
-    if config.start_from_ref:
-        past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
+    if not config.start_from_ref:
+        return None, past
+    past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
     return vae.encode(past), past
 
 
@@ -473,9 +463,11 @@ def run_sampler(experts, config, noise, stage, progress, keep, clean=None):
 
 def encode_text(checkpoint, prompts, plan):
     """Prompts -> umT5 rows, each (1, S, text_dim); the encoder is released again."""
-    encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
-    tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
-    return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
+    def encode():
+        encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
+        tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
+        return [encode_prompt(encoder, tokenizer, prompt)[None].cpu() for prompt in prompts]
+    return [rows.to(plan.config.device) for rows in checkpoint.once(encode)]
 
 
 def load_experts(checkpoint, plan, stage):
@@ -486,7 +478,7 @@ def load_experts(checkpoint, plan, stage):
     def load(name):
         with stage("load" if name == checkpoint.experts[0] else "switch"):
             net = checkpoint.load(name, o.device, o.dtype, o.fp8, m.resident)
-        if o.device.type == "cpu" and not (o.compile or o.attention8):
+        if o.device.type == "cpu" and not (o.compile or o.attention8 or checkpoint.ranks):
             return net
         from fast import blocks                                      # here: a CPU does without
         from fast.attention8 import attention8
@@ -495,14 +487,18 @@ def load_experts(checkpoint, plan, stage):
             if name != other and m.host + checkpoint.parts[other].nbytes < plan.free.host:
                 from fast.offload import read_ahead
                 read_ahead(checkpoint.parts[other].tensors)
-        return blocks.FastDenoiser(net, m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers)
+        how = m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers
+        if checkpoint.ranks is None:
+            return blocks.FastDenoiser(net, *how)
+        from fast.parallel import ParallelDenoiser
+        return ParallelDenoiser(net, *how, ranks=checkpoint.ranks)
     return Experts(checkpoint.experts, checkpoint.boundary, load, keep=o.device.type == "cpu")
 
 
 def load_vae(checkpoint, plan):
     vae = checkpoint.load("vae", plan.config.device, plan.config.vae_dtype)
     vae.to(plan.config.device, plan.config.vae_dtype)                # one that was kept may wait in host memory, or have gone on in float32
-    vae.tiles = plan.memory.tiles
+    vae.tiles, vae.ranks = plan.memory.tiles, checkpoint.ranks
     return vae
 
 

@@ -7,6 +7,8 @@
     python -m fast.bench --preset t2v-A14B --size 1280x720                  also i2v-A14B, ti2v-5B
     python -m fast.bench --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
     python -m fast.bench --against REPO --size 832x480                      official, diffusers and ours in turns, same weights (fast/against.py)
+    python -m fast.bench --ranks 4                                          a step and the VAE by 4 ranks, each with a GPU of its own
+    python -m fast.bench --simulate 2,4,8 --fp8 --compile                   what 2, 4, 8 GPUs may take, from this one (fast/bench_ranks.py)
     python -m fast.bench --against REPO --preset tiny                       the same on a CPU, float32
 
 A forward is one call of the denoiser for one guidance branch (S2V: of a later clip, with motion tokens; TI2V: with a clean first frame); a
@@ -18,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -292,12 +295,24 @@ def parser():
     p.add_argument("--profile", action="store_true", help="list the kernels of one forward")
     p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward, diffusers' and all of ours, or with "
                    "--stage vae-decode or vae-encode its VAE and ours")
+    p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own, and measure a step on all of them")
+    p.add_argument("--simulate", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N", help="expected times of so many GPUs")
+    p.add_argument("--link", type=float, default=300.0, metavar="GB/s", help="what a GPU sends to the others of its machine together (default 300: "
+                   "NVLink 4 has 450 each way)")
+    p.add_argument("--network", type=float, default=40.0, metavar="GB/s", help="what a GPU sends to other machines (default 40: 400 Gbit/s each)")
+    p.add_argument("--per-machine", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
+    p.add_argument("--steps", type=int, default=40, help="of a simulated clip (default 40)")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     return p
 
 
 def main(args):
-    device = pick_device(args.device)
+    from fast import bench_ranks                                     # here: it takes its measures from this file
+    if args.ranks and not bench_ranks.under_torchrun():
+        sys.exit(bench_ranks.launch(args, sys.argv[1:]))
+    device = bench_ranks.local_device(args.device) if bench_ranks.under_torchrun() else pick_device(args.device)
+    if bench_ranks.under_torchrun() and int(os.environ["RANK"]):
+        sys.stdout = open(os.devnull, "w")                           # rank 0 speaks for all
     args.preset = args.preset or ("s2v-14B" if device.type == "cuda" else "tiny")
     args.size = args.size or ((128, 128) if args.preset == "tiny" else (832, 480))
     if device.type == "cpu" and args.preset != "tiny":
@@ -334,8 +349,12 @@ def main(args):
             "audio": lambda: bench_audio(args, configs, device), "error": lambda: bench_error(args, configs, device, shape)}
     wanted = [stage for stage in runs if args.stage == stage or (args.stage == "all" and "error" not in stage and (stage != "audio" or s2v))]
     with torch.no_grad():
-        result = dict(against=compared(args, configs, device, dtype, shape)) if args.against else \
-            {stage: afresh(runs[stage], device) for stage in wanted}
+        if args.simulate or bench_ranks.under_torchrun():
+            what, run = ("simulated", bench_ranks.simulated) if args.simulate else ("ranks", bench_ranks.measured)
+            result = {what: run(args, configs, device, dtype, shape, memory)}
+        else:
+            result = dict(against=compared(args, configs, device, dtype, shape)) if args.against else \
+                {stage: afresh(runs[stage], device) for stage in wanted}
     print(json.dumps(dict(gpu=name, torch=torch.__version__, commit=commit(), argv=sys.argv[1:], **result)))
 
 

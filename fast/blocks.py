@@ -48,6 +48,27 @@ def make_chunks(segments, size=None):
     return tuple(chunks)
 
 
+class Frames(NamedTuple):
+    """Tokens start..stop, which lie in latent frames first..end: whole frames, or a part of one."""
+    start: int
+    stop: int
+    first: int
+    end: int
+
+
+def make_frames(tokens, hw, size, skip=0):
+    """Cut video tokens, the first of which has `skip` tokens of its latent frame before it, into whole frames, as many at a time as `size` tokens
+    hold, and what is left of one at either end -> (Frames, ...)"""
+    parts, start = [], 0
+    while start < tokens:
+        first, gone = divmod(skip + start, hw)
+        n = 1 if gone else min(max(1, size // hw), max(1, (tokens - start) // hw))
+        stop = min(tokens, start + n * hw - gone)
+        parts.append(Frames(start, stop, first, first + n))
+        start = stop
+    return tuple(parts)
+
+
 # ------------------------------------------------------------------------------------------------------ attention, exact, in place
 
 def attention_backend(device):
@@ -63,7 +84,7 @@ def attend(q, k, v, layer=None):
     """
     n = k.shape[1]
     whole = n // KEYS * KEYS if n >= LONG and takes_last_keys_apart(q) else n
-    for rows in q.split(QUERIES, dim=1):
+    for rows in q.split(QUERIES * max(1, 40 // q.shape[2]), dim=1):              # a rank of many has few heads
         attend_rows(rows, k, v, whole)                               # a function, so that one part's results are free before the next
     return q.flatten(2)
 
@@ -150,36 +171,55 @@ class FastDenoiser:
         return replace(cond, layers=offload.HostLayers(cond.layers)) if self.host_layers else cond
 
     @torch.no_grad()
-    def __call__(self, latents, t, cond):
-        """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32"""
-        net, chunks, (T, h, w) = self.net, make_chunks(cond.segments, self.chunk), cond.grid
-        e, mod = net.modulations(t)                                  # (B, R, C), (B, R, 6, C)
-        x = net.embed(latents, cond)                                 # (B, N, C), which no one else holds
-        with attention_backend(latents.device):
-            for layer, block in enumerate(net.blocks):               # a ModuleList, or offload.py's stream of blocks
-                self.block(block, x, block.modulations(mod), cond, layer, chunks)
-        video = [chunk for chunk in chunks if chunk.stop <= T * h * w]
-        return unpatchify(torch.cat([net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in video], dim=1), cond.grid)
+    def __call__(self, latents, t, cond, attend=None):
+        """As Denoiser.forward: latents (B, out_dim, T, H, W), t (B,) -> velocity (B, out_dim, T, H, W) float32.  attend  None: self.attend"""
+        return unpatchify(self.tokens(latents, t, cond, attend=attend), cond.grid)
 
-    def block(self, block, x, mod, cond, layer, chunks):
+    def tokens(self, latents, t, cond, skip=0, attend=None):
+        """What the head says of every video token (B, L, 4*out_dim).
+
+        skip  the first tokens of the grid that are left out: cond.segments and cond.rope begin behind them, and may end in the midst of the video
+        """
+        (T, h, w), chunks = cond.grid, make_chunks(cond.segments, self.chunk)
+        video = min(T * h * w - skip, chunks[-1].stop)               # L
+        frames = make_frames(video, h * w, chunks[0].stop, skip)
+        e, mod = self.net.modulations(t)                             # (B, R, C), (B, R, 6, C)
+        x = self.net.embed(latents, cond)[:, skip:skip + chunks[-1].stop]        # (B, N, C), which no one else holds
+        self.run_blocks(x, mod, cond, chunks, frames, attend)
+        return self.head(x, e, chunks, video)
+
+    def run_blocks(self, x, mod, cond, chunks, frames, attend=None):
+        """All blocks in place of x (B, N, C)"""
+        with attention_backend(x.device):
+            for layer, block in enumerate(self.net.blocks):          # a ModuleList, or offload.py's stream of blocks
+                self.block(block, x, block.modulations(mod), cond, layer, chunks, frames, attend or self.attend)
+
+    def head(self, x, e, chunks, video):
+        """What comes out of the last block (B, N, C) -> what the head says of the video's tokens (B, video, 4*out_dim)"""
+        mine = [chunk for chunk in chunks if chunk.stop <= video] or [Chunk(0, 0, 0)]
+        return torch.cat([self.net.head(x[:, a:b], e[:, r:r + 1]) for a, b, r in mine], dim=1)
+
+    def block(self, block, x, mod, cond, layer, chunks, frames, attend):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
         text, audio, adain = cond.layers[layer]
-        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype)
+        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
         for a, b, r in chunks:
             self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
-        if block.inject is None:
-            return
-        T, hw = cond.grid[0], cond.grid[1] * cond.grid[2]
-        step = max(1, (chunks[0].stop - chunks[0].start) // hw)        # as many latent frames at a time as a chunk holds
-        for f in range(0, T, step):
-            self.audio_cross_attention(block, x[:, f * hw:min(f + step, T) * hw], audio[:, :, f:f + step], adain[:, :, f:f + step])
+        del y
+        if block.inject is not None:
+            self.audio_layer(block, x, audio, adain, frames)
 
-    def self_attention(self, block, x, mod, rope, layer, chunks, dtype):
+    def audio_layer(self, block, x, audio, adain, frames):
+        """Block.audio_cross_attention in place of x, some latent frames at a time."""
+        for a, b, first, end in frames:
+            self.audio_cross_attention(block, x[:, a:b], audio[:, :, first:end], adain[:, :, first:end])
+
+    def self_attention(self, block, x, mod, rope, layer, chunks, dtype, attend):
         """-> (B, N, C), in the place of the queries; keys and values are free again when it returns"""
         q, k, v = (block.self_attn.split(torch.empty_like(x, dtype=dtype)) for _ in range(3))        # (B, N, K, D)
         for a, b, r in chunks:
             self.project(block, x[:, a:b], mod[:, :, r:r + 1], rope[:, a:b], q[:, a:b], k[:, a:b], v[:, a:b])
-        return self.attend(q, k, v, layer)
+        return attend(q, k, v, layer)
 
 
 def small_cases(net, g):

@@ -1,4 +1,5 @@
 """How long a plan will take: operations by arithmetic, rates from probes. `estimate_seconds` is the denoising, `other_seconds` the rest."""
+import math
 import time
 from collections import deque
 
@@ -76,7 +77,8 @@ def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens):
 
 def estimate_seconds(plan):
     """Of the denoising of a whole video."""
-    return plan.forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens)
+    whole = plan.forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens)
+    return whole / math.prod(plan.config.split)                      # what goes between GPUs is little, see docs/parallel.md
 
 
 # -------------------------------------------------------------------------------------------------- VAE, loading, compiling
@@ -117,7 +119,7 @@ def vae_latents(plan):
         return (T if plan.task.startswith("i2v") else 1 if o.image else 0), T
     motion = 1 + (plan.denoiser.motion_frames - 1) // 4
     decoded = plan.clips * (motion + T) - (0 if o.start_from_ref else motion - 1)            # behind the past; the first clip behind the picture
-    return 1 + plan.clips * (motion + (T + 1 if o.pose_video else 0)), decoded
+    return 1 + (plan.clips - (not o.start_from_ref)) * motion + plan.clips * (T + 1 if o.pose_video else 0), decoded
 
 
 def vae_rate(config, plan):
@@ -140,5 +142,6 @@ def other_seconds(plan, vae):
     Text and sound are left out, less than 1% of a full-size video."""
     _, H, W = plan.latent_shape
     work = sum(n * flops for n, flops in zip(vae_latents(plan), vae_flops(vae, H, W)))
-    tiles = 1 + TILE_COST * (plan.memory.tiles - 1)
+    ranks = math.prod(plan.config.split)
+    tiles = (1 + TILE_COST * (max(plan.memory.tiles, ranks) - 1)) / ranks
     return sum(plan.sizes.values()) / LOADED + COMPILE_SECONDS * plan.config.compile + tiles * work / vae_rate(vae, plan)

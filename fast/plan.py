@@ -11,7 +11,6 @@ the host; offload blocks. The VAE waits in host memory while the denoiser works;
 import math
 import operator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -66,6 +65,7 @@ class RunConfig:
     compile: bool | None = None           # the per-token parts of the blocks; None: where it saves more than it takes
     attention8: bool = False              # self-attention in 8 bits
     resident: int | None = None           # denoiser blocks that stay on the device; None: as many as fit
+    split: tuple[int, int] = (1, 1)       # over several ranks: halves that share the branches of guidance, runs of tokens, see parallel.py
 
     def resolve(self, checkpoint):
         """Fill in the checkpoint's values and check all.  raises ValueError with the name, what is wanted and what came"""
@@ -161,46 +161,8 @@ class Plan:
         return self.clips * self.config.steps * (2 if max(self.config.guidance) > 1 else 1)
 
     def __str__(self):
-        o, sound = self.config, []
-        made, cut = f"{self.width}x{self.height}", ""
-        if self.sound is not None:
-            heard, shown = len(self.sound) / RATE, self.frames / FPS
-            sound = [f"sound    {heard:.2f} s of {Path(o.audio).name}"]
-            made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
-            if heard > shown + 1e-3:
-                cut = f": the last {heard - shown:.2f} s of the sound are left out"
-            elif shown - heard >= 1 / FPS:
-                cut = f"; an mp4 ends with the sound, after {heard:.2f} s"
-            elif self.held:
-                cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
-        tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
-        return "\n".join((
-            *sound,
-            f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
-            *self.notes,
-            f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
-            f"tokens   {tokens}",
-            f"weights  {size_table(self.sizes)}",
-            self.memory_text()))
-
-    def memory_text(self):
-        o, m, free = self.config, self.memory, self.free
-        host = f"host {m.host / GIB:.1f} of {free.host / GIB:.1f} GiB free" + "; expect swapping" * (m.host > free.host)
-        if free.device is None:
-            return f"memory   CPU, float32: {host}"
-        how = [f"{m.resident} of {m.blocks} blocks resident" if m.resident is not None else "all blocks resident"]
-        how += [f"{m.chunk} tokens at once"] * bool(m.chunk) + ["text keys on the host"] * m.host_layers
-        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.fp8 + ["8-bit attention"] * o.attention8
-        how += ["compiled"] * bool(o.compile)
-        gib = {name: f"{getattr(m, name) / GIB:.1f}" for name in ("peak", "denoiser", "weights", "text", "vae", "audio", "streamed")}
-        return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}, audio {audio}; "
-                "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
-                f"         {host}\n         {', '.join(how)}")
-
-
-def size_table(sizes):
-    """{component: GiB} -> one line"""
-    return ", ".join(f"{name} {gib:.1f} GiB" if gib >= 1 else f"{name} {1024 * gib:.1f} MiB" for name, gib in sizes.items())
+        from fast.plan_text import plan_text                         # here: importing `sample` does not need it
+        return plan_text(self)
 
 
 # ------------------------------------------------------------------------------------------------------------- what will be made
@@ -334,7 +296,8 @@ def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
         hear += later * weights * len(checkpoint.experts)
         return MemoryPlan(blocks=n, fp8=fp8, denoiser=peak, weights=weights, audio=int(hear), host=int(max(peak, text(None)[0], hear) + video))
     from fast.vae_plan import vae_cuts                               # here: a CPU does without
-    cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype)
+    ranks = math.prod(config.split) if math.prod(config.split) <= max(H, W) else 1
+    cuts = vae_cuts(vae_cfg, H, W, config.vae_dtype, ranks)
     ways = [dict(), dict(chunk=CHUNK), dict(chunk=CHUNK // 2, host_layers=True)]
     choices = [(way, config.resident) for way in ways]
     if config.resident is None:
@@ -344,7 +307,7 @@ def choose(config, checkpoint, latent_shape, tokens, free, samples=0):
         weights, pinned, _ = weigh_expert(resident)
         denoiser = weights + activation_bytes(config, cfg, tokens, chosen)
         tiles, decode = next((cut for cut in cuts if weights + vae + cut[1] <= limit), cuts[-1])
-        if max(denoiser, weights + vae + max(decode, later * hear)) <= limit and (tiles <= TILES or (way, resident) == choices[-1]):
+        if max(denoiser, weights + vae + max(decode, later * hear)) <= limit and (tiles <= TILES * ranks or (way, resident) == choices[-1]):
             break                                                    # streaming costs less than tiles
     text_resident = None if text(None)[0] + TEXT_ACTIVATIONS <= limit else 0
     text_peak, text_pinned, _ = text(text_resident)
@@ -392,12 +355,15 @@ def activation_bytes(config, cfg, tokens, memory):
 
     Bytes per token and channel below were counted from the operations and compared with what an H200 reserved.
     """
+    halves, runs = config.split
+    tokens = -(-tokens // runs)                                      # of a rank
     C, F, chunk, size = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
     attend = 7 * C * tokens if config.attention8 else 0              # q, k, v and float8 v; exact attention needs less than `project`
+    attend = 7 * size * C * tokens if runs > 1 else attend           # own and exchanged q, k, v, and one on its way
     project = (6 * size if config.compile else 8 * size + 7) * C * chunk + 3 * size * C * tokens
     hidden = (3 if config.compile else 11) if memory.fp8 else 2 * size           # of the FFN
     finish = ((3 * size if config.compile else 3 * size + 8) * C + hidden * F) * chunk + size * C * tokens
-    branches = 2 if max(config.guidance or (2,)) > 1 else 1
+    branches = 2 if max(config.guidance or (2,)) > 1 and halves == 1 else 1
     keys = 0 if memory.host_layers else branches * layer_bytes(cfg, config)
     conditions = branches * tokens * (4 * C // cfg.n_head + size * C // 8)       # RoPE; reference and motion: an eighth of the tokens
     return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD + AUDIO * bool(cfg.audio_dim)

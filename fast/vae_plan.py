@@ -1,6 +1,7 @@
 """The bytes that the VAE takes on a device, counted from its layers, and in how many tiles it may be cut."""
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 import torch
 
@@ -11,10 +12,10 @@ VAE_OVERHEAD = 0.3 * GIB
 VAE_WORKSPACE = 1.2          # of convolution kernels and the allocator: an H200 reserved 1.12 to 1.22 times the bytes counted, in tiles of an encoder 1.34
 
 
-def vae_cuts(config, H, W, dtype):
-    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile to as many as help"""
+def vae_cuts(config, H, W, dtype, ranks=1):
+    """[(tiles, bytes that the VAE then takes beside its weights)], from one tile for each rank to as many as help"""
     return [(tiles, VAE_WORKSPACE * vae_bytes(config, H, W, tiles=tiles, dtype=dtype) + VAE_OVERHEAD)
-            for tiles in (1, 2, 3, 4, 6, 8, 12, 16) if tiles <= max(H, W)]
+            for tiles in (ranks * n for n in (1, 2, 3, 4, 6, 8, 12, 16)) if tiles <= max(H, W)]
 
 
 def vae_bytes(config, H, W, tiles=1, dtype=torch.bfloat16, chunk=1):
@@ -85,14 +86,38 @@ def cut_tiles(H, W, tiles):
     return [Tile(axis, a, b, size) for a, b in zip(edges, edges[1:])]
 
 
-def stream_tiles(stream, chunks, scale, tiles):
+def stream_tiles(stream, chunks, scale, tiles, ranks=None):
     """The whole stream of one tile runs before the next tile starts, so only one tile's feature cache is alive.
 
-    stream  function (chunks, crop) -> results        chunks  (B, n, h, w, C) each, `scale` pixels per latent; they and all results wait on the host
+    stream  function (chunks, crop) -> results        chunks  (B, n, h, w, C) each, `scale` pixels per latent; they and all results wait on the host,
+            unless a rank has one tile alone
+    ranks   a Ranks of fast/parallel.py: each has its share of the tiles, and the results of all
     yields  (B, n, h, w, C), all of the picture
     """
-    chunks = [x.cpu() for x in chunks]
-    cuts = cut_tiles(chunks[0].shape[2] // scale, chunks[0].shape[3] // scale, tiles)
-    done = [[x.cpu() for x in stream(chunks, tile.crop)] for tile in cuts]
-    for parts in zip(*done):
-        yield torch.cat(parts, dim=cuts[0].axis)
+    chunks = iter(chunks)
+    first = next(chunks)
+    (H, W), chunks = (n // scale for n in first.shape[2:4]), chain([first], chunks)
+    if ranks is None or ranks.size > max(H, W):                      # too small to share: every rank has all of it
+        cuts = mine = cut_tiles(H, W, tiles)
+        ranks = None
+    else:
+        cuts = cut_tiles(H, W, shared_tiles(tiles, ranks.size, max(H, W)))
+        mine = [cuts[i] for i in ranks.share(len(cuts))]
+    if len(mine) == 1:
+        strips = stream(chunks, mine[0].crop)
+    else:
+        chunks = [x.cpu() for x in chunks]
+        done = [[x.cpu() for x in stream(chunks, tile.crop)] for tile in mine]
+        strips = (torch.cat(parts, dim=cuts[0].axis) for parts in zip(*done))
+    if ranks is None:
+        yield from strips
+        return
+    wide, each = sum(tile.stop - tile.start for tile in mine), len(mine)
+    latents = [sum(tile.stop - tile.start for tile in cuts[i:i + each]) for i in range(0, len(cuts), each)]
+    for x in strips:                                                 # (B, n, h, w, C) of this rank's tiles
+        yield ranks.join(x, [n * x.shape[cuts[0].axis] // wide for n in latents], cuts[0].axis)
+
+
+def shared_tiles(tiles, ranks, size):
+    """At least so many tiles of `size` latents, as many for each rank."""
+    return ranks * min(-(-tiles // ranks), size // ranks)

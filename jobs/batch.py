@@ -10,12 +10,13 @@ what each finished video was made from. So the same command again makes what is 
 never written over unless --restart says so.
 """
 import argparse
+import glob
 import json
 import os
 import sys
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from io import StringIO
@@ -36,7 +37,7 @@ SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".ai
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 PATHS = ("audio", "image", "pose_video", "out")
 MACHINE = ("ckpt", "device", "dtype", "vae_dtype", "vram", "fp8", "resident", "attention8", "compile")      # jobs of one pipeline share them
-FOR_ALL = ("help", "batch", "restart")                               # what a job cannot say
+FOR_ALL = ("help", "batch", "restart", "parallel")                             # what a job cannot say
 
 
 @dataclass
@@ -61,15 +62,24 @@ class Job:
 def run_batch(args, program):
     """args: of the command line; program: the module sample.py, under whatever name it runs -> exit status, 0 if all jobs are done"""
     folder, jobs = read_jobs(args)
+    world = args.world                                               # under torchrun, see jobs/ranks.py
     path = Path(args.batch, "batch.json") if folder is args.batch else Path(f"{args.batch}.summary.json")
-    with only_one(path):
-        summary = Summary(path, jobs)
+    with only_one(path) if not (world and world.rank) else nullcontext():        # rank 0 locks for all
+        summary = Summary(path, jobs, world and world.rank)
         try:
             check_all(jobs, args, folder, program, summary)
-            make_all(jobs, program, summary)
+            if world:
+                world.all_have("checked")                            # before the first result is there
+            make_all(jobs, program, summary, world)
+            if world:
+                world.all_have("made")
+                if world.rank:
+                    return 0
+                summary.merge()
         finally:
-            summary.write()
-            print(summary)
+            if not (world and world.rank):
+                summary.write()
+                print(summary)
     return 0 if all(job.state.startswith("done") for job in jobs) else 2
 
 
@@ -245,11 +255,13 @@ def make_many(pipeline, jobs):
     return results
 
 
-def make_all(jobs, program, summary):
-    """Make what is waiting, job after job."""
+def make_all(jobs, program, summary, world=None):
+    """Make what is waiting, job after job; of many ranks each what no other has taken."""
     pipelines = list(dict.fromkeys(job.pipeline for job in jobs if job.state == "waiting"))
     todo = sorted((job for job in jobs if job.state == "waiting"), key=lambda job: pipelines.index(job.pipeline))
     for n, job in enumerate(todo):
+        if world and not world.takes(job):
+            continue
         for other in pipelines:
             if other is not job.pipeline:
                 other.networks.kept.clear()                          # leaves the memory to this one's
@@ -277,17 +289,35 @@ class Summary:
     A record outlives the run: {"from": what it is made from, "before": stamp of the file before that, "after": stamp of the result}
     """
 
-    def __init__(self, path, jobs):
+    def __init__(self, path, jobs, rank=None):
         self.path, self.jobs, self.made, self.rate, self.spent = path, jobs, {}, None, (0.0, 0.0)
         try:
-            self.made = json.loads(path.read_text(encoding="utf8"))["made"]
+            for file in [path] * path.exists() + self.others():
+                self.made |= json.loads(file.read_text(encoding="utf8"))["made"]
             if not all(isinstance(record, dict) and isinstance(record.get("from"), dict) for record in self.made.values()):
                 raise ValueError
-        except FileNotFoundError:
-            pass
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is no summary of a batch: move it") from None
+        self.path = path.with_suffix(f".{rank}.json") if rank else path
         self.write()
+        for file in self.others() if rank is None else ():           # of a run over ranks that was killed
+            file.unlink()
+
+    def others(self):
+        """The summaries that ranks 1, 2, ... keep beside that of rank 0, each of what it makes."""
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.[0-9]*.json"))
+
+    def merge(self):
+        """On rank 0, when all have done their jobs: the summaries become one."""
+        for file in self.others():
+            theirs = json.loads(file.read_text(encoding="utf8"))
+            self.made |= theirs["made"]
+            for job, other in zip(self.jobs, theirs["jobs"]):
+                if job.state == "waiting" and other["state"] in ("done", "failed"):
+                    job.state, job.said, job.seconds = other["state"], other["error"] or "", other["seconds"]
+        self.write()
+        for file in self.others():
+            file.unlink()
 
     def key(self, job):
         return os.path.relpath(os.path.realpath(job.out), os.path.realpath(self.path.parent))        # so that the folder can be moved

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs import lock, stop
 
-FREE = ("device", "compile", "resident", "size", "enlarge", "audio", "image", "pose_video", "clips", "frames")      # see `made_from`
+FREE = ("device", "compile", "resident", "size", "enlarge", "audio", "image", "pose_video", "clips", "frames", "split")      # see `made_from`
 
 
 # ------------------------------------------------------------------------------------------------------------------ files that last

@@ -64,7 +64,7 @@ def source(path, kind="a"):
 def run(*args):
     """Run ffmpeg to its end -> what it wrote to stdout.  FFmpegError with ffmpeg's own last line if it fails."""
     try:
-        done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT)
+        done = subprocess.run(ffmpeg_command("-v", "error", *args), stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT, start_new_session=True)
     except subprocess.TimeoutExpired:
         raise FFmpegError(f"ffmpeg did not end within {LIMIT} s") from None
     if done.returncode:

@@ -7,7 +7,6 @@ Of every run is asked, and a line printed if it is not so: no clip lost that was
 run; nothing beside the mp4; no process left 10 s after the end; the exit status. tests/test_parts.py runs a short form.
 """
 import argparse
-import dataclasses
 import hashlib
 import json
 import os
@@ -21,8 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE))
 CLIPS, LIMIT = 6, 300
@@ -31,18 +28,10 @@ COMMAND = [sys.executable, "sample.py", "--audio", "samples/voice.flac", "--imag
 WAYS = {"kill -9": None, "kill -9 of the group": None, "SIGTERM": 143, "SIGHUP": 129, "Ctrl-C": 130, "Ctrl-C twice": 130}      # and the exit status
 
 
-def fast_checkpoint(folder):
-    """Random numbers as weights/tiny has them, with a VAE of a twelfth of its work: what takes time is not what is tested. -> options"""
-    import convert_weights
-    from tiny import random_weights as random_numbers
-    folder.mkdir()
-    configs = random_numbers.tiny("s2v-14B")
-    configs |= {"vae": dataclasses.replace(configs["vae"], dim=4, dec_dim=4, num_res_blocks=1)}
-    random_numbers.make_tokenizer(folder / "tokenizer.json")
-    dtypes = dict.fromkeys(configs, torch.bfloat16)
-    checkpoint = random_numbers.random_checkpoint("s2v-14B", configs, dtypes, folder / "tokenizer.json", **random_numbers.TINY_S2V)
-    convert_weights.write_checkpoint(checkpoint, folder)
-    return ["--ckpt", str(folder)]
+def quick():
+    """-> options: random numbers with a small VAE, as what takes time is not what is tested"""
+    from tiny import random_weights
+    return ["--ckpt", str(random_weights.ensure_tiny(HERE / "weights" / "tiny-quick"))]
 
 
 def as_from_a_shell():
@@ -201,7 +190,7 @@ def main():
     chance, bad, took, counts = random.Random(args.seed), 0, [], []
     with tempfile.TemporaryDirectory() as base:
         if args.fast:
-            COMMAND.extend(fast_checkpoint(Path(base) / "checkpoint"))
+            COMMAND.extend(quick())
         begin = time.monotonic()
         (reference := Path(base) / "unbroken").mkdir()
         assert start(reference / "out.mp4").wait(LIMIT) == 0, (reference / "out.log").read_text()

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
 
 import sample
 from formats.checkpoints import Checkpoint
+from jobs.batch import run_batch
 from media.ffmpeg import probe
 from wan_s2v import WanS2VPipeline
 
@@ -57,6 +59,22 @@ def made(monkeypatch):
         Path(args.out).write_text(f"{args.audio} {args.image} seed {args.seed} guidance {args.guidance} {args.start_from_ref}")
     monkeypatch.setattr(sample, "make_video", make_video)
     return outs
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_jobs_spread_over_ranks(tmp_path, made, killed):
+    """Rank 1 keeps a summary of what it makes; rank 0 makes one of both, or finds it after a run that was killed."""
+    sounds(tmp_path, "a.wav", "b.wav", "c.wav", "d.wav", "e.wav")
+    command, log = write_jobs(tmp_path / "jobs", [dict(audio=f"{name}.wav") for name in "abcde"]), tmp_path / "jobs.summary.json"
+    for rank in (1, 0):
+        args = sample.parser().parse_args(command)
+        args.world = SimpleNamespace(rank=rank, takes=lambda job: killed and rank == 0 or job.number % 2 == rank, all_have=lambda what: None)
+        if rank or not killed:
+            assert run_batch(args, sample) == 0
+            assert len(made) == (3 if rank else 5) and log.with_suffix(".1.json").exists() == bool(rank)
+        else:
+            assert sample.cli(command) == 0 and states(log).count("done before") == 3 and not log.with_suffix(".1.json").exists()
+    assert sorted(made) == [f"{name}.mp4" for name in "abcde"] and all(state.startswith("done") for state in states(log))
 
 
 # ------------------------------------------------------------------------------------------------------------- killed and run again

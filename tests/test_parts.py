@@ -19,6 +19,8 @@ import torch
 
 import sample
 import wan_s2v
+from fast import fp8
+from formats.checkpoints import change_denoisers
 from jobs import lock
 from jobs.parts import Parts, made_from, safely
 from media.ffmpeg import ffmpeg_command, probe
@@ -30,7 +32,8 @@ from wan_s2v import WanS2VPipeline
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
-QUICK = ["--audio", VOICE, "--image", FACE, "--size", "64x64", "--clip-frames", "8", "--steps", "2", "--clips", "2", "--save-every", "1"]
+QUICK = ["--audio", VOICE, "--image", FACE, "--size", "64x64", "--clip-frames", "8", "--steps", "2", "--clips", "2", "--save-every", "1",
+         *kill_runs.quick()]
 
 
 class Ended(KeyboardInterrupt):
@@ -68,7 +71,7 @@ def broken_run(pipeline, plan, folder, places, every=1):
     (dict(clip_frames=76, clips=2, solver="dpm++", steps=1), [(1, 0)])], ids=str)
 def test_clips_and_steps_go_on_with_the_same_bits(tmp_path, changes, places):
     """Short clips look back at more than one; of 76 frames, at none; a run that ended at (0, 0) had nothing to keep."""
-    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    pipeline = WanS2VPipeline.from_pretrained(QUICK[-1], device_map="cpu")
     plan = pipeline.plan(**dict(audio=VOICE, image=FACE, size=(64, 64), steps=3, clip_frames=8, clips=3) | changes)
     unbroken = torch.cat(list(pipeline.generate(plan)), dim=1)
     assert torch.equal(broken_run(pipeline, plan, tmp_path, places), unbroken)
@@ -88,7 +91,7 @@ def test_a_vae_that_went_on_in_float32_stays_so():
     """Its float16 overflowed in a clip before: so it does after that clip in an unbroken run."""
     pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
     plan = pipeline.plan(audio=VOICE, image=FACE, size=(64, 64), steps=1, clip_frames=8, clips=2)
-    vae = wan_s2v.load_vae(pipeline.checkpoint, plan).half()
+    vae = wan_s2v.load_vae(pipeline.networks, plan).half()
 
     class Saved(wan_s2v.Nothing):
         done = 1
@@ -144,7 +147,7 @@ def test_the_same_command_goes_on(tmp_path, monkeypatch, capsys, unbroken):
 @pytest.mark.parametrize("changes, words", [
     (["--seed", "7"], "seed 42, now 7"), (["--start", "1"], "start 0.0, now 1.0"), (["--prompt", "sad"], 'prompt "", now "sad"'),
     (["--image", str(HERE / "docs" / "strip.png")], "another image"), (["--audio", str(HERE / "samples" / "italian.flac")], "another audio"),
-    (["--av-offset", "-3"], "av_offset 0, now -3"), (["--no-fp8"], "another checkpoint")], ids=str)
+    (["--av-offset", "-3"], "av_offset 0, now -3"), (["--ckpt", str(HERE / "weights" / "tiny")], "another checkpoint")], ids=str)
 def test_another_command_does_not(broken, tmp_path, capsys, changes, words):
     shutil.copytree(broken, tmp_path, dirs_exist_ok=True)
     before = left(tmp_path / "out.mp4.parts")
@@ -152,6 +155,15 @@ def test_another_command_does_not(broken, tmp_path, capsys, changes, words):
     line = capsys.readouterr().err.splitlines()[-1]
     assert words in line and "holds finished parts of another video" in line and "--restart" in line, line
     assert left(tmp_path) == ["out.mp4.parts", "out.partial.mp4"] and left(tmp_path / "out.mp4.parts") == before
+
+
+def test_float8_multiplied_out_is_another_checkpoint():
+    """As --no-fp8 has it."""
+    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    plan = pipeline.plan(audio=VOICE, image=FACE, size=(64, 64))
+    other = change_denoisers(pipeline.checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
+    first, second = made_from(plan, pipeline.checkpoint), made_from(plan, other)
+    assert first == made_from(plan, pipeline.checkpoint) and [name for name in first if first[name] != second[name]] == ["checkpoint"]
 
 
 def test_speed_and_names_do_not_matter(broken, tmp_path, capsys):
@@ -190,7 +202,7 @@ def test_from_python(tmp_path, monkeypatch, unbroken):
     """The same file, and the frames of the clips before read from it."""
     options = dict(audio_path=VOICE, image_path=FACE, height=64, width=64, clip_frames=8, num_inference_steps=2, clips=2,
                    out=tmp_path / "out.mp4", quiet=True)
-    pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
+    pipeline = WanS2VPipeline.from_pretrained(QUICK[-1], device_map="cpu")
     end_after(monkeypatch, 1)
     with pytest.raises(Ended):
         pipeline(**options)
@@ -410,7 +422,7 @@ def test_ffmpeg_ends_with_its_parent():
 def test_killed_runs(tmp_path, monkeypatch):
     """The short form of kill_runs.py: its group killed. Ctrl-C has tests of its own above."""
     monkeypatch.setattr(kill_runs, "CLIPS", 3)
-    monkeypatch.setattr(kill_runs, "COMMAND", kill_runs.COMMAND + kill_runs.fast_checkpoint(tmp_path / "checkpoint"))
+    monkeypatch.setattr(kill_runs, "COMMAND", kill_runs.COMMAND + kill_runs.quick())
     (tmp_path / "unbroken").mkdir()
     begin = time.monotonic()
     assert kill_runs.start(tmp_path / "unbroken" / "out.mp4").wait(120) == 0

@@ -2,6 +2,8 @@
 
     pytest tests/test_programs.py
 """
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import convert_weights
+from fast import bench
 from tiny import faces, random_weights
 
 HERE = Path(__file__).parents[1]
@@ -50,13 +53,18 @@ def test_programs_say_what_they_wrote(tmp_path, capsys):
         assert target.exists() and f"wrote {target}" in said.replace("wrote    ", "wrote "), (place, said)
 
 
-def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants():
-    def bench(*arguments):
-        command = [sys.executable, "-m", "fast.bench", "--device", "cpu", *arguments]
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=250)
-    done = bench("--size", "64x64", "--repeats", "1", "--frames", "4")
-    assert done.returncode == 0 and "tiny at 64x64" in done.stdout, done.stderr
-    done = bench("--preset", "ti2v-5B", "--stage", "all")
+def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants(capsys, monkeypatch):
+    configs = random_weights.tiny("s2v-14B")
+    configs["vae"] = dataclasses.replace(configs["vae"], dim=4, dec_dim=4)
+    monkeypatch.setattr(random_weights, "tiny", lambda task: configs)
+    def run(*arguments):
+        bench.main(bench.parser().parse_args(["--device", "cpu", "--size", "64x64", "--repeats", "1", "--frames", "4", *arguments]))
+        return capsys.readouterr().out
+    assert "tiny at 64x64" in run()
+    said = run("--simulate", "2,4")
+    assert "2 = 2 x 1: step " in said and "4 = 2 x 2: step " in said and json.loads(said.splitlines()[-1])["simulated"][2]["bytes_sent"][0] > 0
+    with pytest.raises(ValueError, match="--against runs all ways there are, got --fp8: leave it out"):
+        run("--against", "/nowhere", "--fp8")
+    command = [sys.executable, "-m", "fast.bench", "--device", "cpu", "--preset", "ti2v-5B", "--stage", "all"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=250)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "wants a GPU" in done.stderr, done.stderr
-    done = bench("--against", "/nowhere", "--fp8")
-    assert done.returncode == 2 and "--against runs all ways there are, got --fp8: leave it out" in done.stderr, done.stderr

@@ -23,13 +23,14 @@ from fast import blocks
 from media import frames as frame_reader
 from media.ffmpeg import probe, run
 from sampling import Experts
+from tests.kill_runs import quick
 from tiny import random_weights
 from vae import VAE22
 from wan_s2v import WanS2VPipeline
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
-QUICK = ["--steps", "2", "--size", "64x64", "--clip-frames", "16"]
+QUICK = ["--steps", "2", "--size", "64x64", "--clip-frames", "16", *quick()]
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +274,8 @@ def test_a_mistake_in_a_block_shows_itself(tmp_path, monkeypatch):
 def test_no_fp8_multiplies_out(tmp_path, capsys):
     """The tiny checkpoint's float8 matrices as bfloat16: the same numbers on a CPU, so the same video, from larger weights."""
     for name, option in (("a", []), ("b", ["--no-fp8"])):
-        assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / f"{name}.mp4"), "--duration", "1", *QUICK, *option]) == 0
+        assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / f"{name}.mp4"), "--duration", "1", *QUICK, *option,
+                           "--ckpt", str(HERE / "weights" / "tiny")]) == 0
     sizes = [float(size) for size in re.findall(r"denoiser_high ([\d.]+) MiB", capsys.readouterr().out)]
     assert len(sizes) == 2 and sizes[1] > 1.3 * sizes[0], sizes
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()

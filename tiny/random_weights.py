@@ -137,21 +137,25 @@ def random_checkpoint(task, configs, dtypes, tokenizer, **sampling):
     return checkpoints.Checkpoint(Path("random"), task, boundary, checkpoints.SAMPLING[task] | sampling, tokenizer, parts, RECIPE)
 
 
-TINY = {"tiny": "s2v-14B", "tiny-t2v": "t2v-A14B", "tiny-i2v": "i2v-A14B", "tiny-ti2v": "ti2v-5B"}   # folder name -> task
+TINY = {"tiny": "s2v-14B", "tiny-t2v": "t2v-A14B", "tiny-i2v": "i2v-A14B", "tiny-ti2v": "ti2v-5B", "tiny-quick": "s2v-14B"}   # folder name -> task
 TINY_SAMPLING = {"size": [128, 128], "steps": 12}
 TINY_S2V = {"boundary": 0.875, "guidance": [2.0, 2.0]}      # two experts, unlike the released S2V, so that the switch is seen to work
 
 
-def write_tiny(task, folder):
-    """A tiny random checkpoint in our layout, into an existing folder."""
+def write_tiny(name, folder):
+    """The tiny random checkpoint of a name in our layout, into an existing folder. The VAE of tiny-quick has a twelfth of the work, for tests of
+    other things."""
+    task, configs = TINY[name], tiny(TINY[name])
+    if name == "tiny-quick":
+        configs["vae"] = dataclasses.replace(configs["vae"], dim=4, dec_dim=4)
     make_tokenizer(folder / "tokenizer.json", [checkpoints.SAMPLING[task]["negative_prompt"]])
     sampling = TINY_SAMPLING | (TINY_S2V if task == "s2v-14B" else {})
     dtypes = dict.fromkeys(checkpoints.CONFIGS, torch.bfloat16)
-    convert.write_checkpoint(random_checkpoint(task, tiny(task), dtypes, folder / "tokenizer.json", **sampling), folder)
+    convert.write_checkpoint(random_checkpoint(task, configs, dtypes, folder / "tokenizer.json", **sampling), folder)
 
 
 def ensure_tiny(folder):
-    """Make the tiny checkpoint of that name (weights/tiny, -t2v, -i2v, -ti2v) unless it is there.  -> folder
+    """Make the tiny checkpoint of that name (weights/tiny, -t2v, -i2v, -ti2v, -quick) unless it is there.  -> folder
 
     A folder that something else wrote, a trained one say, is left as it is. Safe when interrupted or when two programs do it at once.
     raises  ValueError for another folder name
@@ -170,7 +174,7 @@ def ensure_tiny(folder):
                 return folder
             shutil.rmtree(folder)
         try:
-            convert.new_folder(folder, 2**25, partial(write_tiny, TINY[folder.name]))
+            convert.new_folder(folder, 2**25, partial(write_tiny, folder.name))
         except (ValueError, OSError):
             if not config.is_file():                                     # else, on a disk without locks, another program was faster
                 raise

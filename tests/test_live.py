@@ -1,0 +1,240 @@
+"""A stream: what stays the same, what does not grow, what goes in and out. Its numbers are compared in test_parity.py.
+
+    pytest tests/test_live.py
+"""
+import gc
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import save_file
+
+import live
+import sample
+from audio import AudioConfig, Wav2Vec2, audio_features
+from fast.listening import Listening
+from formats import checkpoints, lora, names
+from jobs import live as program
+from media import stream as out
+from media.ffmpeg import probe
+from model import rope_table
+from tests.kill_runs import quick
+from test_parity import GOLDEN, entries, network
+
+HERE = Path(__file__).parents[1]
+VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """A small denoiser and VAE, text, a picture, and sound for eight blocks."""
+    meta, g = json.loads((GOLDEN / "live_tpp.json").read_text()), torch.Generator().manual_seed(1)
+    net, coder = network(meta["modules"]["noise_model"]), network(meta["modules"]["vae"])
+    cfg = net.cfg
+    text, picture = torch.randn(1, 5, cfg.text_dim, generator=g), torch.rand(1, 3, 1, 64, 64, generator=g) * 2 - 1
+    return SimpleNamespace(net=net, vae=coder, text=text, picture=picture,
+                           sound=torch.randn(8, 1, cfg.audio_states, cfg.audio_dim, 12, generator=g))
+
+
+def begin(parts, seed=42, steps=2, window=6, **options):
+    return live.Live([parts.net] * steps, parts.vae, parts.text, parts.picture, seed, window, **options)
+
+
+def test_a_seed_gives_its_bytes_and_viewers_do_not_meet(parts):
+    """Two viewers of the same network, block by block in turn, see what each sees alone; so does who goes on from a saved state."""
+    alone, first, other = (begin(parts, seed) for seed in (1, 1, 2))
+    wanted = [alone.block(sound) for sound in parts.sound]
+    assert wanted[0].shape == (1, 3, 9, 64, 64) and all(frames.shape[2] == 12 for frames in wanted[1:])
+    got, file = [], io.BytesIO()
+    for i, sound in enumerate(parts.sound):
+        got.append(first.block(sound))
+        assert not torch.equal(other.block(sound), got[-1])
+        if i == 4:                                                   # the ring has wrapped
+            torch.save(first.state(), file)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got))
+    file.seek(0)
+    later = begin(parts, seed=7).restore(torch.load(file))
+    assert all(torch.equal(later.block(sound), frames) for sound, frames in zip(parts.sound[5:], wanted[5:]))
+    with pytest.raises(ValueError, match="wanted the state of 2 steps"):
+        begin(parts, window=9).restore(first.state())
+
+
+def test_a_replaced_reference_is_remembered(parts):
+    """It changes what comes once a ring is full, and a state taken before or after goes on alike."""
+    plain, replaced = begin(parts), begin(parts, replace_ref=True)
+    for i, sound in enumerate(parts.sound[:5]):
+        a, b = plain.block(sound), replaced.block(sound)
+        assert torch.equal(a, b) == (i < 2)
+        if i in (0, 3):
+            again = begin(parts, replace_ref=True).restore(replaced.state())
+    assert torch.equal(again.block(parts.sound[4]), b)
+
+
+def test_blocks_are_those_of_the_whole_video(parts):
+    """The decoder's stream has no seams: the same as decoding all latents at once behind those of the still picture."""
+    viewer, latents = begin(parts), []
+    block = viewer.stream.block
+    viewer.stream.block = lambda *args: latents.append(block(*args)) or latents[-1]
+    frames = torch.cat([viewer.block(sound) for sound in parts.sound[:3]], dim=2)
+    lead = live.still(parts.vae, parts.picture)[1].expand(-1, -1, live.LEAD_LATENTS, -1, -1)
+    whole = parts.vae.decode(torch.cat([lead, *latents], dim=2))[:, :, -36 + live.WARM_UP:]
+    assert frames.shape == whole.shape and (frames - whole).abs().max() < 2e-5
+
+
+def test_nothing_grows(parts):
+    """Bytes of all tensors that are alive, once the ring is full."""
+    def alive():
+        gc.collect()
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+        return sum(storages.values())
+    viewer, seen = begin(parts, steps=1, window=3), []
+    for _ in range(3):
+        for sound in parts.sound[:4]:
+            viewer.block(sound)
+        seen.append(alive())
+    assert seen[0] == seen[1] == seen[2], seen
+
+
+def test_there_is_no_longest_video(parts):
+    """Far beyond the 45000 latent frames at which the original ends, angles are still those of the frame's number in float64."""
+    viewer, f = begin(parts, steps=1, window=3), 3 * 10 ** 7
+    viewer.stream.frame = f
+    assert viewer.block(parts.sound[0]).isfinite().all() and viewer.stream.frame == f + 3
+    table = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 24)
+    assert table[0, 0, 0, 0] == torch.tensor(np.cos(np.float64(f + 1)), dtype=torch.float32)
+
+
+def test_lora_keys(tmp_path):
+    """Without `.default`, or behind base_model.model., they mean the same; one that fits nowhere is refused by its name."""
+    meta = json.loads((GOLDEN / "live_lora.json").read_text())
+    model, tensors = meta["modules"]["model"], {name: entry.read() for name, entry in entries(meta["modules"]["lora"]).items()}
+    _, config, _ = names.identify(model["class"], model["constructor"], entries(model))
+    spellings = [lambda key: key, lambda key: key.replace(".default", ""), lambda key: "base_model.model." + key]
+    changes = []
+    for i, spelling in enumerate(spellings):
+        save_file({spelling(name): tensor for name, tensor in tensors.items()}, tmp_path / f"{i}.safetensors")
+        changes.append(lora.read_lora(tmp_path / f"{i}.safetensors", config, 0.5)[0])
+        assert len(changes[-1]) == 28 and all(torch.equal(change(), changes[0][name]()) for name, change in changes[-1].items())
+    save_file(tensors | {"blocks.9.self_attn.q.lora_A.default.weight": torch.zeros(8, 48)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.9\.self_attn\.q\.lora_A\.default\.weight belongs to no parameter"):
+        lora.read_lora(tmp_path / "wrong.safetensors", config)
+
+
+# ---------------------------------------------------------------------------------------------------------------- sound that comes
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    net = Wav2Vec2(AudioConfig(dim=32, ffn_dim=32, n_head=2, n_layer=2, conv_dim=(16,) * 7, pos_kernel=8, pos_groups=2)).eval()
+    for p in net.pos_conv.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("fps", [16, 25])
+def test_what_is_heard_live_is_what_the_file_says(encoder, fps):
+    """State 0 has no attention: with all of the past it differs from the file's only where audio frames at 30 a second stand, by up to 13 ms."""
+    wav = torch.from_numpy(soundfile.read(VOICE, dtype="float32")[0])
+    n = int(len(wav) / 16000 * fps) // 12 * 12
+    whole, _ = audio_features(encoder, wav, fps=fps, clip_frames=12)
+    listening, read, blocks = Listening(encoder, fps, behind=60, ahead=0.3), 0, []
+    for first in range(0, n, 12):
+        piece = wav[read:listening.wanted(first + 12)]
+        read += len(piece)
+        listening.hear(piece, last=read == len(wav))
+        blocks.append(listening(first, first + 12))
+    ours, theirs = torch.cat(blocks, dim=2)[0], whole[0, :, :n]
+    corr = torch.corrcoef(torch.stack([ours.flatten(), theirs.flatten()]))[0, 1]
+    shifted = torch.corrcoef(torch.stack([ours[:, 1:].flatten(), theirs[:, :-1].flatten()]))[0, 1]
+    print(fps, float(corr), float(shifted))
+    assert corr > 0.97 and corr > shifted + 0.05
+
+
+def test_listening_survives_silence_and_the_end(encoder):
+    """Digital silence gives numbers; frames after the end of the sound are zeros, as in a file; the window does not grow."""
+    listening = Listening(encoder, 25, behind=1.0)
+    for first in range(0, 120, 12):
+        listening.hear(torch.zeros(listening.wanted(first + 12) - listening.heard))
+        assert listening(first, first + 12).isfinite().all()
+        assert len(listening.window) < 16000 * 2
+    listening.hear(torch.rand(3200), last=True)                      # 0.2 s more
+    tail = listening(120, 132)
+    seconds = listening.heard / 16000
+    assert tail[..., :int(seconds * 25) - 121].abs().sum(dim=(0, 1)).min() > 0 and not tail[..., int(seconds * 25) + 1 - 120:].any()
+
+
+def test_sound_under_the_picture():
+    """As many samples as frames last, whatever pieces they come in; later or earlier as asked."""
+    samples = np.arange(16000, dtype=np.float32)[:, None]
+    for shift, wanted in ((0, samples), (0.1, np.concatenate([np.zeros((1600, 1), np.float32), samples])), (-0.1, samples[1600:])):
+        under = program.Under(16000, 1, 25, shift, np.array_split(samples, 7))
+        got = [under.below(frames) for frames in (9, 12, 1, 12, 12)]
+        assert np.array_equal(np.concatenate([part for part in got if part is not None]), wanted[:46 * 640])
+
+
+# ------------------------------------------------------------------------------------------------------------------------ video out
+
+def test_a_player_can_open_it_meanwhile(tmp_path):
+    """What was written so far is a valid mp4 before the end; in the end all frames and their sound are there."""
+    path, frames = str(tmp_path / "a.mp4"), torch.rand(3, 12, 32, 48)
+    with out.StreamWriter(path, (32, 48), 25, rate=16000) as writer:
+        assert not os.path.exists(path)
+        for _ in range(6):
+            writer.write(frames, np.zeros((7680, 1), np.float32))
+        for _ in range(200):
+            if os.path.exists(path) and os.path.getsize(path) > 20000:
+                break
+            writer.write(frames[:, :1], np.zeros((640, 1), np.float32))
+        early = probe(path)
+    done = probe(path)
+    assert early.width == 48 and early.frames > 0
+    assert done.frames == writer.frames and done.fps == 25 and abs(done.audio_duration - writer.frames / 25) < 0.1
+
+
+def test_a_reader_that_goes_is_named(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(OSError, match="cannot write to the pipe"):
+        with out.StreamWriter(writer, (16, 16), 25, raw=True) as stream:
+            stream.write(torch.zeros(3, 1, 16, 16))
+    os.close(writer)
+
+
+def test_frames_must_be_numbers(tmp_path):
+    with pytest.raises(ValueError, match="frames 0 to 0 hold NaN"):
+        out.StreamWriter(str(tmp_path / "a.mp4"), (16, 16), 25).write(torch.full((3, 1, 16, 16), torch.nan))
+    assert not os.listdir(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the program
+
+@pytest.mark.parametrize("given, said", [
+    ([], "--live wants --audio"), (["--audio", VOICE], "--live wants --image"),
+    (["--audio", VOICE, "--image", FACE, "--guidance", "2"], "--live has no --guidance"),
+    (["--audio", VOICE, "--image", FACE, "--window", "7"], "window must be a multiple of 3, got 7"),
+    (["--audio", VOICE, "--image", FACE, "--fps", "0"], "--fps must be"),
+    (["--audio", "-", "--image", FACE, "--start", "3"], "--start 3 goes with a sound file")])
+def test_what_a_stream_refuses(given, said, capsys, tmp_path):
+    assert sample.cli(["--live", "--size", "64x64", "--out", str(tmp_path / "a.mp4"), *given]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
+
+
+def test_a_file_and_a_pipe(tmp_path, capsys):
+    """A tiny checkpoint: an mp4 from a file; raw frames to a pipe from sound on another, all printed words on stderr."""
+    options, env = ["--live", "--image", FACE, "--size", "64x64", "--steps", "1", *quick()], dict(os.environ, OMP_NUM_THREADS="1")
+    assert sample.cli([*options, "--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")]) == 0
+    assert "times real time" in capsys.readouterr().out
+    media = probe(str(tmp_path / "a.mp4"))
+    assert (media.width, media.height, media.frames, media.fps) == (64, 64, 25, 25) and abs(media.audio_duration - 1) < 0.1
+    wav, _ = soundfile.read(VOICE, dtype="int16", frames=16000)
+    done = subprocess.run([sys.executable, "sample.py", *options, "--audio", "-", "--raw", "--out", "-"], cwd=HERE, env=env, input=wav.tobytes(), capture_output=True)
+    assert done.returncode == 0 and len(done.stdout) == 25 * 64 * 64 * 3 and b"after it was heard" in done.stderr, done.stderr
