@@ -30,7 +30,7 @@ from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_
 from formats.checkpoints import open_checkpoint
 from jobs import stop
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
-from sampling import Experts, denoise, make_solver
+from sampling import Experts, denoise, guided_velocity, make_solver
 from text import Tokenizer, encode_prompt
 
 REF_MOTION_FRAMES = 6        # start_from_ref: how many of the motion frames are the reference picture (official L506)
@@ -142,8 +142,9 @@ def open_writer(path, plan, av_offset=0, checkpoint=None, **how):
 def state_bytes(plan):
     """Of what is saved for the next clip and in the middle of one, see `make_clips` and sampling.Euler.state."""
     latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
+    guesses = plan.config.speed.saved if plan.config.speed else 0
     past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
-    return (4 * plan.latent_shape[0] + 19) * latent + past
+    return ((4 + guesses) * plan.latent_shape[0] + 19) * latent + past
 
 
 class Networks:
@@ -467,19 +468,22 @@ def image_condition(vae, picture, frames):
 def run_sampler(experts, config, noise, stage, progress, keep, clean=None):
     """The stages of one clip's denoising, from the step on at which an earlier run stopped -> latents.  Arguments as `denoise`"""
     o, solver = config, make_solver(config.solver, config.steps, config.shift)
+    velocity = o.speed.velocity() if o.speed else guided_velocity
     if saved := keep.load("steps", latents=noise.shape, x=noise.shape, step=()):
         saved = {name: value.to(noise.device) for name, value in saved.items()}
         noise, solver = saved["latents"], solver.restore(saved, int(saved["step"]))
+        if o.speed:
+            velocity.restore(saved, solver.begin)
 
     def after_step(step, x):
-        if keep.due(step):
+        if keep.due(step) and not (o.speed and velocity.state() is None):
             with stage("save"):
-                keep.save("steps", solver.state() | dict(latents=x, step=torch.tensor(step)))
+                keep.save("steps", solver.state() | dict(latents=x, step=torch.tensor(step)) | (velocity.state() if o.speed else {}))
     with stage("load"):
         if solver.begin < o.steps:
             experts.at(solver.timesteps[solver.begin].item())
     with stage("denoise"):
-        return denoise(experts, solver, noise, clean, progress, after_step)
+        return denoise(experts, solver, noise, clean, progress, after_step, velocity)
 
 
 def encode_text(checkpoint, prompts, plan):

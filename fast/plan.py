@@ -66,6 +66,7 @@ class RunConfig:
     compile: bool | None = None           # the per-token parts of the blocks; None: where it saves more than it takes
     attention8: bool = False              # self-attention in 8 bits
     resident: int | None = None           # denoiser blocks that stay on the device; None: as many as fit
+    speed: object = None                  # what is skipped, as --speed says it, see fast/caching.py; None: every step is computed
     split: tuple[int, int] = (1, 1)       # over several ranks: halves that share the branches of guidance, runs of tokens, see parallel.py
 
     def resolve(self, checkpoint):
@@ -95,7 +96,10 @@ class RunConfig:
                  f"a multiple of 4 (a latent frame is 4 frames) up to {MAX_CLIP_FRAMES} (more would meet the reference picture's position)")):
             if not ok:
                 raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
-        return o
+        if o.speed in (None, "reference"):
+            return replace(o, speed=None)
+        from fast import caching
+        return replace(o, speed=caching.resolve(o.speed, o, checkpoint))
 
 
 def whole_number(name, value):
@@ -159,7 +163,7 @@ class Plan:
 
     @property
     def forwards(self):
-        return self.clips * self.config.steps * (2 if max(self.config.guidance) > 1 else 1)
+        return self.clips * clip_forwards(self.config)
 
     def __str__(self):
         o, sound = self.config, []
@@ -180,6 +184,7 @@ class Plan:
             f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
             *self.notes,
             f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
+            *([f"speed    {o.speed}"] if o.speed else []),
             f"tokens   {tokens}",
             f"weights  {size_table(self.sizes)}",
             *([ranks_text(self)] if math.prod(o.split) > 1 else []),
@@ -198,6 +203,11 @@ class Plan:
         return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}, audio {audio}; "
                 "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
                 f"         {host}\n         {', '.join(how)}")
+
+
+def clip_forwards(config):
+    """Of one clip, at most."""
+    return config.speed.forwards if config.speed else config.steps * (2 if max(config.guidance) > 1 else 1)
 
 
 def ranks_text(plan):
@@ -236,8 +246,7 @@ def make_plan(config, checkpoint, free):
         tokens = (shape[0] * (H // PATCH[1]) * (W // PATCH[2]),)
         fields |= dict(fps=checkpoint.sampling["fps"], clips=1, frames=config.frames, sound=None, tokens=tokens)
     if config.compile is None:
-        forwards = fields["clips"] * config.steps * (2 if max(config.guidance) > 1 else 1)
-        gain = forwards * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
+        gain = fields["clips"] * clip_forwards(config) * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
         config = replace(config, compile=config.device.type == "cuda" and gain > COMPILE_SECONDS)
     memory = plan_memory(config, checkpoint, shape, tokens[-1], free, len(fields["sound"] or ()))
     return Plan(config, latent_shape=shape, memory=memory, **fields)
@@ -398,6 +407,10 @@ def activation_bytes(config, cfg, tokens, memory):
     Bytes per token and channel below were counted from the operations and compared with what an H200 reserved.
     """
     halves, runs = config.split
+    guesses = 0
+    if config.speed:
+        from fast.caching import stored_bytes                        # here: who skips nothing does not need it
+        guesses = stored_bytes(config.speed, cfg, tokens)
     tokens = -(-tokens // runs)                                      # of a rank
     C, F, chunk, size = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
     attend = 7 * C * tokens if config.attention8 else 0              # q, k, v and float8 v; exact attention needs less than `project`
@@ -408,7 +421,7 @@ def activation_bytes(config, cfg, tokens, memory):
     branches = 2 if max(config.guidance or (2,)) > 1 and halves == 1 else 1
     keys = 0 if memory.host_layers else branches * layer_bytes(cfg, config)
     conditions = branches * tokens * (4 * C // cfg.n_head + size * C // 8)       # RoPE; reference and motion: an eighth of the tokens
-    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD + AUDIO * bool(cfg.audio_dim)
+    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + guesses + OVERHEAD + AUDIO * bool(cfg.audio_dim)
 
 
 def layer_bytes(cfg, config):
