@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fast.plan import COMPILE_SECONDS, MAX_CLIP_FRAMES, RunConfig
 from fast.probe import any_terminal, cap_memory, pick_device
 from formats.checkpoints import SAMPLING, change_denoisers, open_checkpoint
-from wan_s2v import Progress, Stages, WanS2VPipeline, open_writer, run_dtype
+from wan_s2v import Progress, Stages, WanS2VPipeline, run_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = """examples
@@ -196,6 +196,7 @@ def make_video(pipeline, args):
     from fast.estimate import estimate_seconds, other_seconds        # here: importing `sample` does not need it
     denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"])
     print(f"time     about {tqdm.format_interval(round(denoising + other))} in all from here, {tqdm.format_interval(round(denoising))} of it denoising")
+    from media.video import open_writer
     stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
     writer = open_writer(args.out, plan, args.av_offset, pipeline.checkpoint, every=args.save_every, keep=args.keep_parts, restart=args.restart)
     try:

@@ -343,8 +343,10 @@ def pipeline_s2v(meta, golden, run):
     experts = Experts(["denoiser"], None, lambda name: velocity)
     frames = list(make_clips(inputs, coder, experts, config, Stages(), lambda clip, steps: steps))
     guided, encoded = 2 if call["guide_scale"] > 1 else 1, iter(coder.encode.results)
-    ours = {"video": torch.cat(frames, dim=2).half(), "ref_latents": next(encoded), "motion_latents_init": next(encoded),
-            "v_cond_first": velocity.results[0]}
+    ours = {"video": torch.cat(frames, dim=2).half(), "ref_latents": next(encoded), "v_cond_first": velocity.results[0]}
+    if "motion_latents_init" in golden:                              # without a picture at its end it is encoded here alone: no one uses it
+        grey = torch.zeros(1, 3, call["motion_frames"], *size)
+        ours["motion_latents_init"] = next(encoded) if config.start_from_ref else network(meta["modules"]["vae"]).encode(grey)
     if guided == 2:
         ours["v_null_first"] = velocity.results[1]
     for clip in range(clips):

@@ -12,7 +12,6 @@ Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
 import math
-import os
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_
 from formats.checkpoints import open_checkpoint
 from jobs import stop
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
-from sampling import Experts, denoise, guided_velocity, make_solver
+from sampling import Experts, denoise, make_solver
 from text import Tokenizer, encode_prompt
 
 REF_MOTION_FRAMES = 6        # start_from_ref: how many of the motion frames are the reference picture (official L506)
@@ -116,35 +115,10 @@ class Video:
 
     def save(self, path, av_offset=0):
         """Write an mp4 with the sound, or PNG frames if path ends in "/"; missing folders are made."""
+        from media.video import open_writer                          # here, as elsewhere: importing `sample` does not need it
         with open_writer(path, self.plan, av_offset) as writer:
             writer.write(self.frames)
         return path
-
-
-def open_writer(path, plan, av_offset=0, checkpoint=None, **how):
-    """A VideoWriter for what a plan will make, with the sound if there is any.
-
-    checkpoint  that makes it: then what is finished stays when the run ends early, and the same again goes on        how  as in jobs.parts.Parts
-    """
-    from jobs.parts import Parts, made_from                          # here, as elsewhere: importing `sample` does not need it
-    from media.video import VideoWriter, bytes_needed, encoder, is_folder
-    o, size, parts = plan.config, (plan.height, plan.width), None
-    if o.audio and abs(av_offset) >= plan.frames:
-        raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
-    need = 2**24 + bytes_needed(size, plan.frames, is_folder(path))
-    if checkpoint is not None:
-        made = made_from(plan, checkpoint) | dict(av_offset=av_offset, encoder=encoder(path))
-        parts = Parts(os.path.abspath(path), made, plan.clips, **how)
-        need += 2 * state_bytes(plan)
-    return VideoWriter(path, size, plan.fps, o.audio, o.start, o.duration, av_offset, parts, need)
-
-
-def state_bytes(plan):
-    """Of what is saved for the next clip and in the middle of one, see `make_clips` and sampling.Euler.state."""
-    latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
-    guesses = plan.config.speed.saved if plan.config.speed else 0
-    past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
-    return ((4 + guesses) * plan.latent_shape[0] + 19) * latent + past
 
 
 class Networks:
@@ -287,7 +261,7 @@ class WanS2VPipeline:
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if out is not None:
-            from media.video import check_output                     # here, as below: importing `sample` does not need it
+            from media.video import check_output, open_writer        # here, as below: importing `sample` does not need it
             check_output(out)
         given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
                      guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
@@ -378,13 +352,13 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
     o, n, picture = config, config.clip_frames, inputs.picture
     with stage("picture"):
         ref = vae.encode(picture)                                    # (1, z, 1, H, W)
-        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W), (1, 3, any, height, width)
+        motion, past = begin_motion(inputs, vae, o, keep)            # (1, z, 19, H, W) or None, (1, 3, any, height, width)
     for clip in range(keep.done, len(inputs.noise)):
-        first = clip == 0 and not o.start_from_ref                   # nothing came before: no motion tokens, decode behind the picture
+        first = motion is None                                       # nothing came before: no motion tokens, decode behind the picture
         noise, pose = inputs.noise[clip](), encode_pose(vae, inputs.pose[clip], picture.device)
         with stage("audio"):
             audio = inputs.audio(clip * n, (clip + 1) * n)[None].to(noise.device)
-        positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=None if first else motion, pose=pose)
+        positive = dict(shape=noise.shape[2:], text=inputs.text, audio=audio, ref=ref, motion=motion, pose=pose)
         experts.begin(positive, dict(positive, text=inputs.negative, audio=0 * audio), o.guidance)
         vae.to("cpu")                                                # leaves its room to the denoiser
         latents = run_sampler(experts, o, noise, stage, partial(progress, clip), keep)
@@ -402,7 +376,10 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
 
 
 def begin_motion(inputs, vae, config, keep):
-    """-> motion, past (see make_clips) of the first clip to make: nothing came before, or what was saved"""
+    """-> motion, past (see make_clips) of the first clip to make: what was saved, or nothing came before, and motion is None.
+
+    The official code encodes 73 grey frames then and uses the result nowhere.
+    """
     shape, P = inputs.picture.shape[3:], inputs.motion_frames
     past = max(0, P - config.clip_frames) if keep.done else P
     if saved := keep.load("clip", motion=(1, vae.config.z_dim, 1 + P // 4, shape[0] // vae.stride[1], shape[1] // vae.stride[2]),
@@ -411,8 +388,9 @@ def begin_motion(inputs, vae, config, keep):
             vae.widen()
         return saved["motion"].to(inputs.picture.device), saved["past"]
     past = torch.zeros_like(inputs.picture, device="cpu").repeat(1, 1, P, 1, 1)              # mid grey before the first clip
-    if config.start_from_ref:
-        past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
+    if not config.start_from_ref:
+        return None, past
+    past[:, :, -REF_MOTION_FRAMES:] = inputs.picture
     return vae.encode(past), past
 
 
@@ -468,17 +446,17 @@ def image_condition(vae, picture, frames):
 def run_sampler(experts, config, noise, stage, progress, keep, clean=None):
     """The stages of one clip's denoising, from the step on at which an earlier run stopped -> latents.  Arguments as `denoise`"""
     o, solver = config, make_solver(config.solver, config.steps, config.shift)
-    velocity = o.speed.velocity() if o.speed else guided_velocity
+    velocity = o.speed and o.speed.velocity()                        # None: every step is computed
     if saved := keep.load("steps", latents=noise.shape, x=noise.shape, step=()):
         saved = {name: value.to(noise.device) for name, value in saved.items()}
         noise, solver = saved["latents"], solver.restore(saved, int(saved["step"]))
-        if o.speed:
+        if velocity:
             velocity.restore(saved, solver.begin)
 
     def after_step(step, x):
-        if keep.due(step) and not (o.speed and velocity.state() is None):
+        if keep.due(step) and (guesses := velocity.state() if velocity else {}) is not None:
             with stage("save"):
-                keep.save("steps", solver.state() | dict(latents=x, step=torch.tensor(step)) | (velocity.state() if o.speed else {}))
+                keep.save("steps", solver.state() | guesses | dict(latents=x, step=torch.tensor(step)))
     with stage("load"):
         if solver.begin < o.steps:
             experts.at(solver.timesteps[solver.begin].item())
@@ -491,10 +469,8 @@ def encode_text(checkpoint, prompts, plan):
     def encode():
         encoder = checkpoint.load("text", plan.config.device, plan.config.dtype, False, plan.memory.text_resident)
         tokenizer = Tokenizer(checkpoint.tokenizer, plan.denoiser.text_len)
-        return [encode_prompt(encoder, tokenizer, prompt)[None] for prompt in prompts]
-    if checkpoint.ranks is None:
-        return encode()
-    return [rows.to(plan.config.device) for rows in checkpoint.once(lambda: [rows.cpu() for rows in encode()])]
+        return [encode_prompt(encoder, tokenizer, prompt)[None].cpu() for prompt in prompts]
+    return [rows.to(plan.config.device) for rows in checkpoint.once(encode)]
 
 
 def load_experts(checkpoint, plan, stage):

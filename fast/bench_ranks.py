@@ -1,8 +1,9 @@
 """`fast.bench --ranks N`: a step and the VAE measured on N ranks. `fast.bench --simulate 2,4,8`: what N GPUs may be expected to take, from this one.
 
 The simulation runs on this GPU what one rank of N computes, measured: its run of tokens through all that works token by token, its share of the
-heads over all tokens, its tile of the VAE. What would come from others is made of its own rows. Added is the time of the exchange: bytes that
-the rank sends over the bandwidth of its link, and LATENCY for each call.
+heads over all tokens, its tile of the VAE; it is the rank with most to do: the first, all of whose tokens hear, and for the VAE the second, whose
+tile has neighbours on both sides. What would come from others is made of its own rows. Added is the time of the exchange: bytes that the rank
+sends over the bandwidth of its link, and LATENCY for each call.
 """
 import math
 import os
@@ -23,14 +24,14 @@ GUIDANCE = (4.5,)            # any above 1: two branches
 
 
 class Simulated(Ranks):
-    """Rank 0 of a split without the others. `log`: of each exchange its bytes, and whether it stays within a half."""
+    """A rank of a split without the others. `log`: of each exchange its bytes, how many share it, and the group: "team", "pair" or None for all."""
 
-    def __init__(self, split):
-        super().__init__(0, split, connect=False)
-        self.log = []
+    def __init__(self, split, rank=0):
+        super().__init__(rank, split, connect=False)
+        self.team, self.pair, self.log = "team", "pair", []
 
     def exchange(self, x, send, receive, group=None):
-        self.log.append((x[0].nbytes * sum(send[1:]), len(send)))
+        self.log.append((x[0].nbytes * sum(send[1:]), len(send), group))
         return x[torch.arange(sum(receive), device=x.device) % len(x)]
 
     def join(self, x, lengths, axis):
@@ -96,8 +97,8 @@ def measured(args, configs, device, dtype, shape, memory):
 def sending(log, args, ranks):
     """Seconds of exchanges: of every rank's partners those on its own machine are reached by the link, the others by the network."""
     total = 0.0
-    for nbytes, members in log:
-        near = min(members, args.per_machine) if members > 2 or ranks.size <= args.per_machine else 1        # the halves on two machines
+    for nbytes, members, group in log:
+        near = 1 if group == "pair" and ranks.size > args.per_machine else min(members, args.per_machine)    # then the halves are on two machines
         far = (members - near) / (members - 1)
         total += LATENCY + nbytes * (1 - far) / (args.link * 1e9) + nbytes * far / (args.network * 1e9)
     return total
@@ -112,25 +113,25 @@ def simulated(args, configs, device, dtype, shape, memory):
           f"{LATENCY * 1e6:.0f} us a call; a clip is {args.steps} steps with guidance, decoding and\n           encoding; loading, text, sound and "
           "writing the file are left out")
     for n in [1, *args.simulate]:
-        ranks = Simulated(choose_split(n, "auto", cfg.n_head, GUIDANCE)) if n > 1 else None
-        runs = [step(args, net, cfg, device, dtype, shape, memory, ranks), *vae_runs(args, configs, vae, device, shape, memory, ranks)]
-        compute, sent, send = [], [], []
-        for run in runs:
-            run()                                                    # compiles, prepares
+        split = choose_split(n, "auto", cfg.n_head, GUIDANCE) if n > 1 else (1, 1)
+        first, second = (Simulated(split, rank) if n > 1 else None for rank in (0, 1))
+        runs = [(step(args, net, cfg, device, dtype, shape, memory, first), first)]
+        runs += [(run, second) for run in vae_runs(args, configs, vae, device, shape, memory, second)]
+        compute, sent, send, gpu = [], [], [], 0.0
+        for run, ranks in runs:
             log = ranks.log if ranks else []
             log.clear()
-            run()
-            sent.append(sum(nbytes for nbytes, _ in log))
+            run()                                                    # compiles, prepares; exchanges as any other
+            sent.append(sum(nbytes for nbytes, *_ in log))
             send.append(sending(log, args, ranks) if ranks else 0.0)
             compute.append(bench.afresh(lambda: bench.seconds(run, device, args.repeats, warmup=0)[0], device))
+            gpu = max(gpu, memory_used(device)[0])
         clip = sum(times * (a + b) for times, a, b in zip((args.steps, 1, 1), compute, send))
-        rows.append(dict(ranks=n, split=ranks.split if ranks else (1, 1), s_compute=compute, bytes_sent=sent, s_exchange=send, s_clip=clip,
-                         peak_gpu_gib=memory_used(device)[0]))
-        first, row = rows[0], rows[-1]
-        whole = compute[0] + send[0]
-        print(f"           {n:3} = {row['split'][0]} x {row['split'][1]}: step {whole:.3f} s = compute {compute[0]:.3f} + exchange {send[0]:.3f} "
-              f"({sent[0] / 1e9:.2f} GB), {first['s_compute'][0] / whole:.2f} times as fast; decode {compute[1] + send[1]:.2f} s, encode "
-              f"{compute[2] + send[2]:.2f} s; clip {clip:.1f} s, {first['s_clip'] / clip:.2f} times")
+        rows.append(dict(ranks=n, split=split, s_compute=compute, bytes_sent=sent, s_exchange=send, s_clip=clip, peak_gpu_gib=gpu))
+        one, whole = rows[0], compute[0] + send[0]
+        print(f"           {n:3} = {split[0]} x {split[1]}: step {whole:.3f} s = compute {compute[0]:.3f} + exchange {send[0]:.3f} "
+              f"({sent[0] / 1e9:.2f} GB), {one['s_compute'][0] / whole:.2f} times as fast; decode {compute[1] + send[1]:.2f} s, encode "
+              f"{compute[2] + send[2]:.2f} s; clip {clip:.1f} s, {one['s_clip'] / clip:.2f} times; {gpu:.1f} GiB")
     return rows
 
 

@@ -145,6 +145,11 @@ class Skips:
             return max(self.branches)
         return max(sum(self.branches[i] for i in self.computed if begin <= i < end) for begin, end in self.experts)
 
+    def nbytes(self, cfg, tokens):
+        """Of what guesses are made from, on a GPU.  tokens of a clip"""
+        width = {"velocity": 4 * 4 * cfg.out_dim, "hidden": 2 * cfg.dim, "audio": 2 * cfg.dim * (len(cfg.audio_layers) + 1)}[self.speed.at]
+        return self.stored * tokens * width
+
     @property
     def saved(self):
         """Tensors of the latents' size in what `Velocity.state` gives, at most."""
@@ -194,12 +199,6 @@ def make_skips(speed, timesteps, boundary=None, guidance=(1.0,), factors=None):
             own = range(end - begin)
         computed += [begin + i for i in own]
     return Skips(speed, tuple(begins), tuple(branches), None if speed.easy else tuple(computed))
-
-
-def stored_bytes(skips, cfg, tokens):
-    """Of what guesses are made from, on a GPU.  tokens of a clip"""
-    width = {"velocity": 4 * 4 * cfg.out_dim, "hidden": 2 * cfg.dim, "audio": 2 * cfg.dim * (len(cfg.audio_layers) + 1)}[skips.speed.at]
-    return skips.stored * tokens * width
 
 
 class EasyCache:

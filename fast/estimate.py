@@ -121,7 +121,7 @@ def vae_latents(plan):
         return (T if plan.task.startswith("i2v") else 1 if o.image else 0), T
     motion = 1 + (plan.denoiser.motion_frames - 1) // 4
     decoded = plan.clips * (motion + T) - (0 if o.start_from_ref else motion - 1)            # behind the past; the first clip behind the picture
-    return 1 + plan.clips * (motion + (T + 1 if o.pose_video else 0)), decoded
+    return 1 + (plan.clips - (not o.start_from_ref)) * motion + plan.clips * (T + 1 if o.pose_video else 0), decoded
 
 
 def vae_rate(config, plan):

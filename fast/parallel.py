@@ -199,25 +199,8 @@ class ParallelDenoiser:
         return self.ranks.both(self(latents, t, (cond, uncond)[self.ranks.half]))
 
 
-# -------------------------------------------------------------------------------------------------------------- what the plan says
-
 def sent_bytes(cfg, split, tokens, video_tokens, itemsize):
     """What a rank sends to others in one forward: queries, keys, values and results of every layer, its video tokens at the end."""
     runs = split[1]
     layer = 4 * tokens / runs * cfg.dim * (runs - 1) / runs * itemsize
     return int(cfg.n_layer * layer + video_tokens / runs * 4 * cfg.out_dim * 4 * (runs - 1))
-
-
-def describe(plan):
-    """A line for the plan: who does what, and what goes between."""
-    (halves, runs), cfg, tokens = plan.config.split, plan.denoiser, plan.tokens[-1]
-    sent = sent_bytes(cfg, plan.config.split, tokens, plan.video_tokens, plan.config.dtype.itemsize)
-    step = 4 * cfg.out_dim * math.prod(plan.latent_shape)
-    what = [f"{halves} branches of guidance"] * (halves > 1) + [f"{runs} runs of {-(-tokens // runs):,} tokens, {cfg.n_head // runs} of {cfg.n_head} "
-                                                                "heads each"] * (runs > 1)
-    sends = [f"{size_text(sent)} a forward"] * (runs > 1) + [f"{size_text(step)} a step"] * (halves > 1)
-    return f"ranks    {halves * runs}: {' x '.join(what)}; each sends {', '.join(sends)}; memory below is of each"
-
-
-def size_text(n):
-    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2g} MB"

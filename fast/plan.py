@@ -9,9 +9,7 @@ or, where many tokens are worked on at once, just before or behind it. If it doe
 the host; offload blocks. The VAE waits in host memory while the denoiser works; while the VAE works the denoiser stays on the device.
 """
 import math
-import operator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -76,9 +74,8 @@ class RunConfig:
         defaults |= {"clip_frames" if s2v else "frames": s["frames"], "dtype": torch.bfloat16 if gpu else torch.float32,
                      "vae_dtype": torch.float16 if gpu else torch.float32}
         o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
-        if not gpu:
-            from media.given import on_cpu                           # here, as below: importing `sample` does not need it
-            o = on_cpu(o)
+        from media.given import on_cpu, whole_number                 # here, as below: importing `sample` does not need it
+        o = o if gpu else on_cpu(o)
         whole = {name: whole_number(name, getattr(o, name)) for name in ("steps", "seed", "frames", "clips", "clip_frames", "resident")}
         o = replace(o, **whole, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
         for name, ok, want in (
@@ -96,18 +93,10 @@ class RunConfig:
                  f"a multiple of 4 (a latent frame is 4 frames) up to {MAX_CLIP_FRAMES} (more would meet the reference picture's position)")):
             if not ok:
                 raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
-        if o.speed in (None, "reference"):
-            return replace(o, speed=None)
-        from fast import caching
-        return replace(o, speed=caching.resolve(o.speed, o, checkpoint))
-
-
-def whole_number(name, value):
-    """Any kind of integer, numpy's too -> int; None stays.  raises ValueError"""
-    try:
-        return value if value is None else operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value}") from None
+        if o.speed is None:
+            return o
+        from fast.caching import resolve                             # here: the reference does without
+        return replace(o, speed=resolve(o.speed, o, checkpoint))
 
 
 @dataclass(frozen=True)
@@ -166,58 +155,13 @@ class Plan:
         return self.clips * clip_forwards(self.config)
 
     def __str__(self):
-        o, sound = self.config, []
-        made, cut = f"{self.width}x{self.height}", ""
-        if self.sound is not None:
-            heard, shown = len(self.sound) / RATE, self.frames / FPS
-            sound = [f"sound    {heard:.2f} s of {Path(o.audio).name}"]
-            made += f", {self.clips} clip{'s' * (self.clips > 1)} of {o.clip_frames} frames ->"
-            if heard > shown + 1e-3:
-                cut = f": the last {heard - shown:.2f} s of the sound are left out"
-            elif shown - heard >= 1 / FPS:
-                cut = f"; the mp4 ends with the sound, after {heard:.2f} s"
-            elif self.held:
-                cut = f", the last frame held for {self.held / FPS:.2f} s until the sound ends (the mouth has finished: it leads by 0.19 s)"
-        tokens = f"{self.tokens[0]:,}" + (f" in the first clip, {self.tokens[1]:,} in a later one" if len(self.tokens) > 1 else "")
-        return "\n".join((
-            *sound,
-            f"video    {self.task}: {made} {self.frames} frames at {self.fps:g} fps = {self.frames / self.fps:.2f} s{cut}",
-            *self.notes,
-            f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
-            *([f"speed    {o.speed}"] if o.speed else []),
-            f"tokens   {tokens}",
-            f"weights  {size_table(self.sizes)}",
-            *([ranks_text(self)] if math.prod(o.split) > 1 else []),
-            self.memory_text()))
-
-    def memory_text(self):
-        o, m, free = self.config, self.memory, self.free
-        host = f"host {m.host / GIB:.1f} of {free.host / GIB:.1f} GiB free" + "; expect swapping" * (m.host > free.host)
-        if free.device is None:
-            return f"memory   CPU, float32: {host}"
-        how = [f"{m.resident} of {m.blocks} blocks resident" if m.resident is not None else "all blocks resident"]
-        how += [f"{m.chunk} tokens at once"] * bool(m.chunk) + ["text keys on the host"] * m.host_layers
-        how += [f"VAE in {m.tiles} tiles"] * (m.tiles > 1) + ["float8 matrices"] * m.fp8 + ["8-bit attention"] * o.attention8
-        how += ["compiled"] * bool(o.compile)
-        gib = {name: f"{getattr(m, name) / GIB:.1f}" for name in ("peak", "denoiser", "weights", "text", "vae", "audio", "streamed")}
-        return ("memory   {peak} of {limit} GiB on the GPU: denoiser {denoiser} (weights {weights}), text {text}, VAE {vae}, audio {audio}; "
-                "{streamed} pinned on the host\n".format(limit=f"{free.device / GIB:.1f}", **gib) +
-                f"         {host}\n         {', '.join(how)}")
+        from fast.plan_text import plan_text                         # here: importing `sample` does not need it
+        return plan_text(self)
 
 
 def clip_forwards(config):
     """Of one clip, at most."""
     return config.speed.forwards if config.speed else config.steps * (2 if max(config.guidance) > 1 else 1)
-
-
-def ranks_text(plan):
-    from fast.parallel import describe                               # here: one process does without
-    return describe(plan)
-
-
-def size_table(sizes):
-    """{component: GiB} -> one line"""
-    return ", ".join(f"{name} {gib:.1f} GiB" if gib >= 1 else f"{name} {1024 * gib:.1f} MiB" for name, gib in sizes.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- what will be made
@@ -407,10 +351,7 @@ def activation_bytes(config, cfg, tokens, memory):
     Bytes per token and channel below were counted from the operations and compared with what an H200 reserved.
     """
     halves, runs = config.split
-    guesses = 0
-    if config.speed:
-        from fast.caching import stored_bytes                        # here: who skips nothing does not need it
-        guesses = stored_bytes(config.speed, cfg, tokens)
+    guesses = config.speed.nbytes(cfg, tokens) if config.speed else 0
     tokens = -(-tokens // runs)                                      # of a rank
     C, F, chunk, size = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
     attend = 7 * C * tokens if config.attention8 else 0              # q, k, v and float8 v; exact attention needs less than `project`

@@ -17,8 +17,6 @@ def explain(error, args):
         return "the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):      # of Python, of PyTorch on the host
-        return "the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture"
     if isinstance(error, DEVICE_ERRORS):
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size"

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 import live
-from fast.plan import RunConfig, frame_size, size_table
+from fast.plan import RunConfig, frame_size
+from fast.plan_text import size_table
 from fast.probe import GIB, free_memory, synchronize
 from fast.listening import AHEAD, Listening
 from media.given import default_float32

@@ -40,7 +40,7 @@ class World:
         self.pairing, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=120)))
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30))
         self.store.set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-        self.over, self.done, self.beats = False, threading.Event(), {}
+        self.over, self.done, self.beats, self.speaking = False, threading.Event(), {}, threading.Lock()
         signal.signal(signal.SIGTERM, self.told)                     # torchrun ends all at once when one has failed
         threading.Thread(target=self.watch, daemon=True).start()
 
@@ -94,10 +94,11 @@ class World:
         return None
 
     def claim(self, rank, line):
-        """Print the one line, if no one has."""
+        """Print the one line, if no one has. The other thread does not end this process before it is out, see `end`."""
         mine = f"{self.rank}, thread {threading.get_ident()}, of rank {rank}: {line}"
-        if self.store.compare_set("failed", "", mine).decode() == mine:
-            print(f"\nerror: rank {rank}: {line}", file=self.stderr, flush=True)         # behind the bar of rank 0
+        with self.speaking:
+            if self.store.compare_set("failed", "", mine).decode() == mine:
+                print(f"\nerror: rank {rank}: {line}", file=self.stderr, flush=True)     # behind the bar of rank 0
 
     def failed(self, error, args):
         """An exception has ended the work of this rank -> exit status. What comes from an exchange that broke off is another rank's failure."""
@@ -131,6 +132,7 @@ class World:
             pass
         self.done.set()
         if status:
+            self.speaking.acquire(timeout=BEAT * 10)
             sys.stdout.flush()
             os._exit(status)
         if dist.is_initialized():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.parts import Parts, flush, safely
+from jobs.parts import Parts, flush, made_from, safely
 from media.frames import read_frames
 from media.ffmpeg import LIMIT, REMEDY, FFmpegError, feeding, ffmpeg_command, framecrc, probe, run, source
 from media.sound import Recording, cut, examine, warn
@@ -97,6 +97,30 @@ def mux(folder, files, fps, sound, seconds, target, limit=LIMIT):
 
 
 # ---- out
+
+def open_writer(path, plan, av_offset=0, checkpoint=None, **how):
+    """A VideoWriter for what a plan will make, with the sound if there is any.
+
+    checkpoint  that makes it: then what is finished stays when the run ends early, and the same again goes on        how  as in jobs.parts.Parts
+    """
+    o, size, parts = plan.config, (plan.height, plan.width), None
+    if o.audio and abs(av_offset) >= plan.frames:
+        raise ValueError(f"wanted av_offset within the {plan.frames} frames of the video, got {av_offset}: no sound would be left")
+    need = 2**24 + bytes_needed(size, plan.frames, is_folder(path))
+    if checkpoint is not None:
+        made = made_from(plan, checkpoint) | dict(av_offset=av_offset, encoder=encoder(path))
+        parts = Parts(os.path.abspath(path), made, plan.clips, **how)
+        need += 2 * state_bytes(plan)
+    return VideoWriter(path, size, plan.fps, o.audio, o.start, o.duration, av_offset, parts, need)
+
+
+def state_bytes(plan):
+    """Of what is saved for the next clip and in the middle of one, see `make_clips` in wan_s2v.py and sampling.Euler.state."""
+    latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
+    past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
+    guesses = plan.config.speed.saved if plan.config.speed else 0    # see fast/caching.py
+    return ((4 + guesses) * plan.latent_shape[0] + 19) * latent + past
+
 
 def encoder(path):
     """What makes the parts of an output, in a word: parts of two programs must not be joined without encoding."""

@@ -28,8 +28,8 @@ from media.frames import load_pose
 from media.given import check_length
 from media.sound import announced
 from media.terminal import Printed, shown
+from media.video import open_writer
 from test_published import denoiser_kind, write_gguf
-from wan_s2v import open_writer
 
 HERE = Path(__file__).parents[1]
 TINY, VOICE, FACE = HERE / "weights" / "tiny", str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")

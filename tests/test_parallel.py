@@ -163,7 +163,7 @@ def test_bytes_sent_are_those_counted():
         u, v = shared.both(latents, torch.tensor([700.0]), *conds)
         assert u.shape == v.shape == latents.shape and torch.isfinite(u).all()
         forwards, velocity = 3 - split[0], latents.nbytes * (split[0] - 1)
-        assert sum(nbytes for nbytes, _ in ranks.log) == forwards * sent_bytes(net.cfg, split, 75, 75, 4) + velocity
+        assert sum(nbytes for nbytes, *_ in ranks.log) == forwards * sent_bytes(net.cfg, split, 75, 75, 4) + velocity
 
 
 def test_the_plan_knows_the_ranks():

@@ -88,7 +88,7 @@ def test_a_vae_that_went_on_in_float32_stays_so():
     """Its float16 overflowed in a clip before: so it does after that clip in an unbroken run."""
     pipeline = WanS2VPipeline.from_pretrained(device_map="cpu")
     plan = pipeline.plan(audio=VOICE, image=FACE, size=(64, 64), steps=1, clip_frames=8, clips=2)
-    vae = wan_s2v.load_vae(pipeline.checkpoint, plan).half()
+    vae = wan_s2v.load_vae(pipeline.networks, plan).half()
 
     class Saved(wan_s2v.Nothing):
         done = 1

@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from media.sound import RATE
+from media.video import open_writer
 from fast.probe import any_terminal, pick_device
 from sample import numbers, open_folder
 from tiny import faces, metrics
 from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
-from wan_s2v import WanS2VPipeline, open_writer
+from wan_s2v import WanS2VPipeline
 
 CHOICES = {"hair": list(HAIR), "background": list(BACKGROUND), "mood": list(MOODS)}       # what captions can name
 PLACE = {"hair": COLUMN["hair_name"], "background": COLUMN["background_name"], "mood": COLUMN["mood"]}
