@@ -5,6 +5,7 @@
     list=0.04       *step list*: what MagCache comes to. Velocities shrink along a run by factors that the schedule decides, so one calibration
                     says once and for all which steps are skipped: while the errors |1 - factor| sum up to less
     forecast=0.75   *Spectrum*: steps further and further apart are computed, and a polynomial through them says what lies between
+    warm=5          forecast: steps that come first and are all computed
     at=hidden       forecast, list: what comes out of the last block is stored and guessed, not the velocity; the head runs at every step
     at=audio        easy, list: what the blocks add between two audio layers is reused, the audio layers run at every step
 
@@ -27,7 +28,6 @@ from model import expert_index, unpatchify
 from sampling import expert_guidance, make_solver, network_errors
 
 EASY_WARM_UP = 10            # steps that EasyCache always computes
-FORECAST_WARM_UP = 5         # steps that a forecast always begins with
 DEGREE, RIDGE, MIX = 4, 0.1, 0.5     # of the polynomial; its ridge; its share, the rest is the line through the last two
 LIST_START, LIST_RUN = 0.2, 2        # of a step list: share of an expert's steps that are computed first, and most steps skipped in a row
 AT = ("velocity", "hidden", "audio")
@@ -41,10 +41,11 @@ class Speed:
     easy: float = 0.0            # allowed sum of relative changes
     list: float = 0.0            # allowed sum of errors
     forecast: float = 0.0        # by how much the distance of computed steps grows
+    warm: int = 5                # steps that a forecast begins with
     at: str = "velocity"
 
     def __post_init__(self):
-        limits = dict(gate=(0, 1), easy=(0, 1), list=(0, 1), forecast=(0, 10))
+        limits = dict(gate=(0, 1), easy=(0, 1), list=(0, 1), forecast=(0, 10), warm=(1, 1000))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--speed {name} must be {least} to {most}, got {getattr(self, name):g}")
@@ -59,11 +60,11 @@ class Speed:
             raise ValueError(f"--speed at={self.at} goes with {wanted}, got {given[0] if given else 'neither'}")
 
     def __str__(self):
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return ",".join(changed) or "reference"
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{name}={value}" if name == "at" else f"{name}={value:g}" for name, value in changed.items()) or "reference"
 
 
-PRESETS = {"reference": Speed(), "balanced": Speed(gate=0.5, forecast=0.75), "draft": Speed(gate=0.3, forecast=3.0)}
+PRESETS = {"reference": Speed(), "balanced": Speed(forecast=1.0, warm=3), "draft": Speed(forecast=1.0, warm=1)}
 
 
 def parse(text):
@@ -84,13 +85,13 @@ def parse(text):
 
 # -------------------------------------------------------------------------------------------- which steps are computed
 
-def forecast_steps(steps, growth):
-    """Numbers of the computed steps of an expert: five, then at distances 2, 2 + growth, 2 + 2 growth, ... rounded down; all without growth."""
+def forecast_steps(steps, growth, warm=Speed.warm):
+    """Numbers of the computed steps of an expert: `warm`, then at distances 2, 2 + growth, 2 + 2 growth, ... rounded down; all without growth."""
     computed, distance, skipped = [], 2.0 if growth else 1.0, 0
     for i in range(steps):
         skipped += 1
-        if i < FORECAST_WARM_UP or skipped >= math.floor(distance):
-            distance += growth if i >= FORECAST_WARM_UP else 0
+        if i < warm or skipped >= math.floor(distance):
+            distance += growth if i >= warm else 0
             computed.append(i)
             skipped = 0
     return computed
@@ -172,7 +173,7 @@ def resolve(text, config, checkpoint):
     raises   ValueError: no such trick, or no calibration where a step list wants one
     """
     speed = parse(text)
-    if speed == Speed():
+    if not (speed.gate < 1 or speed.easy or speed.list or speed.forecast):
         return None
     if speed.at == "audio" and not checkpoint.configs["denoiser"].audio_dim:
         raise ValueError(f"--speed at=audio wants an S2V checkpoint, got {checkpoint.task}, which has no audio layers: leave it out")
@@ -192,7 +193,7 @@ def make_skips(speed, timesteps, boundary=None, guidance=(1.0,), factors=None):
     computed = []
     for begin, end in zip(begins, [*begins[1:], steps]):
         if speed.forecast:
-            own = forecast_steps(end - begin, speed.forecast)
+            own = forecast_steps(end - begin, speed.forecast, speed.warm)
         elif speed.list:
             own = listed_steps(factors[begin:end], speed.list)
         else:

@@ -16,6 +16,7 @@ seam, drift      of videos of several clips: the jump at their joins in units of
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from fast.probe import pick_device
+from jobs.parts import safely
 from media.ffmpeg import run
 from media.sound import RATE, load_audio
 from sample import open_folder
@@ -67,15 +69,41 @@ def hurried(case, args, out):
     return Case(case.name, str(path), 0.0, case.image, case.person, case.asked, case.prompt)
 
 
+class Counted:
+    """A Skips whose forwards are counted: EasyCache knows them afterwards only."""
+
+    def __init__(self, skips):
+        self.skips, self.velocities = skips, []
+
+    def velocity(self):
+        self.velocities.append(self.skips.velocity())
+        return self.velocities[-1]
+
+    @property
+    def forwards(self):
+        return sum(velocity.forwards for velocity in self.velocities)
+
+
 def made(pipeline, case, args, speed, out):
-    """-> frames (3, P, h, w) in [-1, 1], plan.  Made, or read from `out`"""
-    plan, path = pipeline.plan(**options(case, args) | dict(speed=speed)), out / f"{case.name}.{speed}.npy"
+    """-> frames (3, P, h, w) in [-1, 1], plan, forwards of a clip.  Made, or read from `out`
+
+    speed  reference, steps=10 (fewer steps, all computed), or as --speed of sample.py
+    """
+    name, _, steps = speed.partition("=")
+    how = dict(speed=None) if speed == REFERENCE else dict(steps=int(steps)) if name == "steps" else dict(speed=speed)
+    plan, path = pipeline.plan(**options(case, args) | how), out / f"{case.name}.{speed}.npy"
     if not path.exists():
-        begin = time.perf_counter()
-        frames = torch.cat(list(pipeline.generate(plan)), dim=1)
-        np.save(path, ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+        begin, counted = time.perf_counter(), plan
+        if plan.config.speed:
+            counted = replace(plan, config=replace(plan.config, speed=Counted(plan.config.speed)))
+        frames = torch.cat(list(pipeline.generate(counted)), dim=1)
+        if plan.config.speed:
+            path.with_suffix(".forwards").write_text(str(counted.config.speed.forwards))
+        with safely(path) as temporary:
+            np.save(temporary, ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
         print(f"{case.name}  {speed}  {time.perf_counter() - begin:.0f} s", flush=True)
-    return torch.from_numpy(np.load(path)).float() / 127.5 - 1, plan
+    count = path.with_suffix(".forwards")
+    return torch.from_numpy(np.load(path)).float() / 127.5 - 1, plan, (int(count.read_text()) if count.exists() else plan.forwards) / plan.clips
 
 
 def judge(frames, reference, case, people, args, plan):
@@ -92,14 +120,12 @@ def judge(frames, reference, case, people, args, plan):
     return result | dict(seam=seam, clips=len(clips), last={name: clips[-1][name] for name in ("colour", "contrast", "sharpness")})
 
 
-def row(results, plan, base):
+def row(results, base):
     """Results of all videos of one speed, and the row of the reference or None -> row"""
     def middle(name):
         return float(np.median([r[name] for r in results]))
-    skips = plan.config.speed
-    full = base["forwards"] if base else plan.forwards // plan.clips
-    forwards = skips.forwards if skips else full
-    made = dict(forwards=forwards, times=full / forwards, videos=len(results), psnr=middle("psnr"), ssim=middle("ssim"))
+    forwards = sum(r["forwards"] for r in results) / len(results)
+    made = dict(forwards=forwards, times=base["forwards"] / forwards if base else 1.0, videos=len(results), psnr=middle("psnr"), ssim=middle("ssim"))
     if "opening" in results[0]:
         for name in ("opening", "width"):
             made |= {name: middle(name), f"{name}_p10": float(np.percentile([r[name] for r in results], 10))}
@@ -135,14 +161,13 @@ def compare(args):
     cases = [hurried(case, args, args.out) for case in cases] if args.tempo != 1 else cases
     speeds, found = [REFERENCE, *(speed for speed in args.speed if speed != REFERENCE)], {}
     for case in cases:
-        reference, _ = made(pipeline, case, args, REFERENCE, args.out)
+        reference, *_ = made(pipeline, case, args, REFERENCE, args.out)
         for speed in speeds:
-            frames, plan = made(pipeline, case, args, speed, args.out)
-            results, _ = found.setdefault(speed, ([], plan))
-            results.append(judge(frames, reference, case, people, args, plan))
+            frames, plan, forwards = made(pipeline, case, args, speed, args.out)
+            found.setdefault(speed, []).append(judge(frames, reference, case, people, args, plan) | dict(forwards=forwards))
     rows = {}
-    for speed, (results, plan) in found.items():
-        rows[speed] = row(results, plan, rows.get(REFERENCE))
+    for speed, results in found.items():
+        rows[speed] = row(results, rows.get(REFERENCE))
     Path(args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
     return rows
