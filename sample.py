@@ -116,6 +116,8 @@ def parser():
     g.add_argument("--guidance", type=numbers, help="classifier-free guidance, 1 turns it off; two values LOW,HIGH for the low- and high-noise "
                    f"experts (default: {own('guidance')})")
     g.add_argument("--solver", help="unipc, dpm++ or euler (default: unipc)")
+    g.add_argument("--speed", metavar="HOW", help="reference (every step is computed), balanced, draft: steps that are guessed from earlier ones; or "
+                   "single tricks such as gate=0.5,forecast=0.75, see docs/speed.md (default: reference)")
     g.add_argument("--seed", type=int, default=42, help="seed of clip 0; clip r uses seed + r (default: 42)")
     g = p.add_argument_group("machine")
     g.add_argument("--ckpt", help="folder in the official or converted layout (default: weights/tiny, trained on drawn faces)")

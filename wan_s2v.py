@@ -446,19 +446,22 @@ def image_condition(vae, picture, frames):
 def run_sampler(experts, config, noise, stage, progress, keep, clean=None):
     """The stages of one clip's denoising, from the step on at which an earlier run stopped -> latents.  Arguments as `denoise`"""
     o, solver = config, make_solver(config.solver, config.steps, config.shift)
+    velocity = o.speed and o.speed.velocity()                        # None: every step is computed
     if saved := keep.load("steps", latents=noise.shape, x=noise.shape, step=()):
         saved = {name: value.to(noise.device) for name, value in saved.items()}
         noise, solver = saved["latents"], solver.restore(saved, int(saved["step"]))
+        if velocity:
+            velocity.restore(saved, solver.begin)
 
     def after_step(step, x):
-        if keep.due(step):
+        if keep.due(step) and (guesses := velocity.state() if velocity else {}) is not None:
             with stage("save"):
-                keep.save("steps", solver.state() | dict(latents=x, step=torch.tensor(step)))
+                keep.save("steps", solver.state() | guesses | dict(latents=x, step=torch.tensor(step)))
     with stage("load"):
         if solver.begin < o.steps:
             experts.at(solver.timesteps[solver.begin].item())
     with stage("denoise"):
-        return denoise(experts, solver, noise, clean, progress, after_step)
+        return denoise(experts, solver, noise, clean, progress, after_step, velocity)
 
 
 def encode_text(checkpoint, prompts, plan):

@@ -5,10 +5,12 @@
     list=0.04       *step list*: what MagCache comes to. Velocities shrink along a run by factors that the schedule decides, so one calibration
                     says once and for all which steps are skipped: while the errors |1 - factor| sum up to less
     forecast=0.75   *Spectrum*: steps further and further apart are computed, and a polynomial through them says what lies between
+    warm=5          forecast: steps that come first and are all computed
     at=hidden       forecast, list: what comes out of the last block is stored and guessed, not the velocity; the head runs at every step
     at=audio        easy, list: what the blocks add between two audio layers is reused, the audio layers run at every step
 
 Several of them go together: --speed gate=0.5,forecast=0.75. The state belongs to one clip, one branch and one expert and dies with each of them.
+`Skips` says before a run which steps are computed; `Velocity` carries it out for one clip.
 
 Sources   EasyCache (arXiv 2507.02860), MagCache (2506.09045), Spectrum (2603.01623), adaptive guidance (2312.12487), SyncCache's idea of computing
           the light audio layers anew
@@ -22,11 +24,10 @@ import numpy as np
 import torch
 
 from fast.blocks import FastDenoiser, attention_backend, make_chunks, make_frames
-from model import unpatchify
-from sampling import guided_velocity, network_errors
+from model import expert_index, unpatchify
+from sampling import expert_guidance, make_solver, network_errors
 
 EASY_WARM_UP = 10            # steps that EasyCache always computes
-FORECAST_WARM_UP = 5         # steps that a forecast always begins with
 DEGREE, RIDGE, MIX = 4, 0.1, 0.5     # of the polynomial; its ridge; its share, the rest is the line through the last two
 LIST_START, LIST_RUN = 0.2, 2        # of a step list: share of an expert's steps that are computed first, and most steps skipped in a row
 AT = ("velocity", "hidden", "audio")
@@ -40,10 +41,11 @@ class Speed:
     easy: float = 0.0            # allowed sum of relative changes
     list: float = 0.0            # allowed sum of errors
     forecast: float = 0.0        # by how much the distance of computed steps grows
+    warm: int = 5                # steps that a forecast begins with
     at: str = "velocity"
 
     def __post_init__(self):
-        limits = dict(gate=(0, 1), easy=(0, 1), list=(0, 1), forecast=(0, 10))
+        limits = dict(gate=(0, 1), easy=(0, 1), list=(0, 1), forecast=(0, 10), warm=(1, 1000))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--speed {name} must be {least} to {most}, got {getattr(self, name):g}")
@@ -58,11 +60,11 @@ class Speed:
             raise ValueError(f"--speed at={self.at} goes with {wanted}, got {given[0] if given else 'neither'}")
 
     def __str__(self):
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return ",".join(changed) or "reference"
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{name}={value}" if name == "at" else f"{name}={value:g}" for name, value in changed.items()) or "reference"
 
 
-PRESETS = {"reference": Speed(), "balanced": Speed(gate=0.5, forecast=0.75), "draft": Speed(gate=0.3, forecast=3.0)}
+PRESETS = {"reference": Speed(), "balanced": Speed(forecast=1.0, warm=3), "draft": Speed(forecast=1.0, warm=1)}
 
 
 def parse(text):
@@ -83,40 +85,128 @@ def parse(text):
 
 # -------------------------------------------------------------------------------------------- which steps are computed
 
-def forecast_steps(steps, growth):
-    """Numbers of the computed steps: five, then at distances 2, 2 + growth, 2 + 2 growth, ... rounded down; all of them without growth."""
+def forecast_steps(steps, growth, warm=Speed.warm):
+    """Numbers of the computed steps of an expert: `warm`, then at distances 2, 2 + growth, 2 + 2 growth, ... rounded down; all without growth."""
     computed, distance, skipped = [], 2.0 if growth else 1.0, 0
     for i in range(steps):
         skipped += 1
-        if i < FORECAST_WARM_UP or skipped >= math.floor(distance):
-            distance += growth if i >= FORECAST_WARM_UP else 0
+        if i < warm or skipped >= math.floor(distance):
+            distance += growth if i >= warm else 0
             computed.append(i)
             skipped = 0
     return computed
 
 
-def listed_steps(factors, allowed, first):
-    """Numbers of the computed steps by MagCache's rule.
+def listed_steps(factors, allowed):
+    """Numbers of the computed steps of an expert by MagCache's rule.
 
-    factors  per step how much larger the velocity is than the step before       allowed  sum of errors        first  of each expert's steps are computed:
-             [begin, number of steps of the expert] pairs
+    factors  per step how much larger the velocity is than the step before        allowed  sum of errors
     """
     computed, product, error, run = [], 1.0, 0.0, 0
-    starts = {begin + k for begin, n in first for k in range(max(1, math.ceil(LIST_START * n)))}
     for i, factor in enumerate(factors):
         product *= factor
         error, run = error + abs(1 - product), run + 1
-        if i in starts or not (error < allowed and run <= LIST_RUN):
+        if i < max(1, math.ceil(LIST_START * len(factors))) or not (error < allowed and run <= LIST_RUN):
             computed.append(i)
             product, error, run = 1.0, 0.0, 0
     return computed
+
+
+@dataclass(frozen=True)
+class Skips:
+    """What a Speed comes to for the steps of a run."""
+    speed: Speed
+    begins: tuple[int, ...]              # first step of each expert
+    branches: tuple[int, ...]            # of guidance, that a step computes if it is computed
+    computed: tuple[int, ...] | None     # numbers of the steps that are; None: EasyCache decides
+
+    @property
+    def steps(self):
+        return len(self.branches)
+
+    @property
+    def experts(self):
+        """[(first step, end)] of each."""
+        return list(zip(self.begins, [*self.begins[1:], self.steps]))
+
+    @property
+    def most(self):
+        """The steps that are computed, as many as may be where EasyCache decides."""
+        return range(self.steps) if self.computed is None else self.computed
+
+    @property
+    def forwards(self):
+        """Of one clip, at most."""
+        return sum(self.branches[i] for i in self.most)
+
+    @property
+    def stored(self):
+        """How many values are held at most, of all branches."""
+        if not self.speed.forecast:
+            return max(self.branches)
+        return max(sum(self.branches[i] for i in self.computed if begin <= i < end) for begin, end in self.experts)
+
+    def nbytes(self, cfg, tokens):
+        """Of what guesses are made from, on a GPU.  tokens of a clip"""
+        width = {"velocity": 4 * 4 * cfg.out_dim, "hidden": 2 * cfg.dim, "audio": 2 * cfg.dim * (len(cfg.audio_layers) + 1)}[self.speed.at]
+        return self.stored * tokens * width
+
+    @property
+    def saved(self):
+        """Tensors of the latents' size in what `Velocity.state` gives, at most."""
+        return self.stored + 3 if self.speed.at == "velocity" else 0
+
+    def velocity(self):
+        """-> Velocity for one clip"""
+        return Velocity(self)
+
+    def __str__(self):
+        full = sum(self.branches[begin] * (end - begin) for begin, end in self.experts)
+        most = "at most " * (self.computed is None)
+        return f"{self.speed}: {most}{len(self.most)} of {self.steps} steps are computed, {self.forwards} of {full} forwards of a clip"
+
+
+def resolve(text, config, checkpoint):
+    """--speed -> Skips, None if nothing is skipped.
+
+    config   RunConfig with its steps, shift, solver, guidance        checkpoint  its boundary; its folder has the calibration
+    raises   ValueError: no such trick, or no calibration where a step list wants one
+    """
+    speed = parse(text)
+    if not (speed.gate < 1 or speed.easy or speed.list or speed.forecast):
+        return None
+    if speed.at == "audio" and not checkpoint.configs["denoiser"].audio_dim:
+        raise ValueError(f"--speed at=audio wants an S2V checkpoint, got {checkpoint.task}, which has no audio layers: leave it out")
+    if math.prod(config.split) > 1 and (speed.easy or speed.at != "velocity"):
+        raise ValueError(f"--speed {speed} runs on one GPU: on several take gate, list or forecast, at=velocity")
+    timesteps = make_solver(config.solver, config.steps, config.shift).timesteps.tolist()
+    factors = calibrated(checkpoint.folder, timesteps) if speed.list else None
+    return make_skips(speed, timesteps, checkpoint.boundary, config.guidance, factors)
+
+
+def make_skips(speed, timesteps, boundary=None, guidance=(1.0,), factors=None):
+    """-> Skips.  timesteps [t, ...], boundary of the experts or None, guidance as `expert_guidance`, factors of all steps for a step list"""
+    steps, experts = len(timesteps), [expert_index(t, boundary) for t in timesteps]
+    begins = [i for i in range(steps) if i == 0 or experts[i] != experts[i - 1]]
+    guided = [expert_guidance(guidance, index) > 1 for index in experts]
+    branches = [1 + (guided[i] and (i < math.floor(speed.gate * steps) or i in begins)) for i in range(steps)]
+    computed = []
+    for begin, end in zip(begins, [*begins[1:], steps]):
+        if speed.forecast:
+            own = forecast_steps(end - begin, speed.forecast, speed.warm)
+        elif speed.list:
+            own = listed_steps(factors[begin:end], speed.list)
+        else:
+            own = range(end - begin)
+        computed += [begin + i for i in own]
+    return Skips(speed, tuple(begins), tuple(branches), None if speed.easy else tuple(computed))
 
 
 class EasyCache:
     """Says which steps may be skipped, from the latents and the velocities with the prompt. `allowed` 0: none."""
 
     def __init__(self, allowed):
-        self.allowed, self.sum, self.k, self.x, self.y = allowed, 0.0, None, None, None
+        self.allowed, self.sum, self.k, self.x, self.y, self.after_computed = allowed, 0.0, None, None, None, False
 
     def skips(self, x):
         if self.k is None:
@@ -127,10 +217,20 @@ class EasyCache:
     def saw(self, x, y, computed):
         """What a step began and ended with."""
         if computed:
-            if self.x is not None and self.last_computed:
+            if self.after_computed:
                 self.k = mean(y - self.y) / max(mean(x - self.x), 1e-30)
             self.sum = 0.0
-        self.x, self.y, self.last_computed = x, y, computed
+        self.x, self.y, self.after_computed = x, y, computed
+
+    def state(self):
+        """-> {name: tensor}"""
+        numbers = [self.sum, -1.0 if self.k is None else self.k, float(self.after_computed)]
+        return {"easy.x": self.x.clone(), "easy.y": self.y.clone(),           # two tensors of a file share no memory
+                 "easy.numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+    def restore(self, state):
+        self.x, self.y, (self.sum, k, after) = state["easy.x"], state["easy.y"], state["easy.numbers"].tolist()
+        self.k, self.after_computed = None if k < 0 else k, bool(after)
 
 
 def mean(x):
@@ -160,34 +260,36 @@ def forecast_weights(stored, i, steps, ridge=RIDGE, mix=MIX):
 class Branch:
     """What one guidance branch of one expert has computed, and a guess from it."""
 
-    def __init__(self, net, cond, speed, steps):
-        self.net, self.cond, self.speed, self.steps, self.numbers, self.values = net, cond, speed, steps, [], []
+    def __init__(self, speed, steps):
+        self.speed, self.steps, self.numbers, self.values = speed, steps, [], []
 
-    def compute(self, i, x, t):
-        """-> velocity; what a guess needs is stored"""
-        at = self.speed.at
-        if at == "audio":
-            v, value = self.net.record(x, t, self.cond)
-        elif at == "hidden":
-            v, value = with_hidden(self.net, x, t, self.cond)
-        else:
-            v = self.net(x, t, self.cond)
-            value = v - x if self.speed.easy else v                  # EasyCache reuses what a step adds
+    def saw(self, i, value):
+        """What step i computed."""
         if not self.speed.forecast:
             self.numbers, self.values = [], []                       # the last one alone
         self.numbers, self.values = [*self.numbers, i], [*self.values, value]
-        return v
 
-    def guess(self, i, x, t):
+    def guess(self, i, x, t, net, cond):
+        """-> velocity"""
         if self.speed.at == "audio":
-            return self.net.replay(x, t, self.cond, self.values[-1])
+            return AudioAnew(net).replay(x, t, cond, self.values[-1])
         value = self.values[-1]
         if self.speed.forecast:
             weights = forecast_weights(self.numbers, i, self.steps)
             value = sum(float(w) * y.float() for w, y in zip(weights, self.values))
         if self.speed.at == "hidden":
-            return head_of(self.net, value, t, self.cond)
+            return head_of(net, value, t, cond)
         return value + x if self.speed.easy else value
+
+
+def compute(net, x, t, conds, speed):
+    """One or both branches -> [(velocity, what a guess of a later step needs), ...]"""
+    if speed.at == "audio":
+        return [AudioAnew(net).record(x, t, cond) for cond in conds]
+    if speed.at == "hidden":
+        return [with_hidden(net, x, t, cond) for cond in conds]
+    velocities = net.both(x, t, *conds) if len(conds) == 2 and hasattr(net, "both") else [net(x, t, cond) for cond in conds]
+    return [(v, v - x if speed.easy else v) for v in velocities]     # EasyCache reuses what a step adds
 
 
 def plain(net):
@@ -276,81 +378,77 @@ class AudioAnew:
 # -------------------------------------------------------------------------------------------------------------------- together
 
 class Velocity:
-    """In place of `sampling.guided_velocity` for one clip of so many steps.
+    """In place of `sampling.guided_velocity` for the steps of one clip.  skips  a Skips        .forwards  computed so far"""
 
-    computed  numbers of the steps that are computed; None: all, or as EasyCache decides
-    """
+    def __init__(self, skips):
+        self.skips, self.speed, self.i, self.forwards = skips, skips.speed, 0, 0
+        self.forget()
 
-    def __init__(self, speed, steps, computed=None):
-        self.speed, self.steps, self.i, self.net, self.forwards = speed, steps, 0, None, 0
-        self.computed = range(steps) if computed is None else computed
-
-    def begin(self, net, cond, uncond):
-        """Another expert: it knows nothing of what the first one would say."""
-        self.net, self.difference, self.easy = net, None, EasyCache(self.speed.easy)
-        runs = AudioAnew(net) if self.speed.at == "audio" else net
-        self.branches = [Branch(runs, c, self.speed, self.steps) for c in (cond, uncond) if c is not None]
+    def forget(self):
+        """What one expert has said is no guess of what another would say."""
+        self.difference, self.easy = None, EasyCache(self.speed.easy)
+        self.branches = [Branch(self.speed, self.skips.steps) for _ in range(2)]
 
     def __call__(self, x, t, net, scale, cond, uncond):
-        if net is not self.net:
-            self.begin(net, cond, uncond)
         i, self.i, t = self.i, self.i + 1, torch.full(x.shape[:1], t, device=x.device)
-        gated = uncond is not None and self.difference is not None and i >= math.floor(self.speed.gate * self.steps)
-        branches = self.branches[:1] if gated else self.branches
-        skip = all(branch.values for branch in branches) and i < self.steps - 1 and self.may_skip(i, x)
+        if i in self.skips.begins:
+            self.forget()
+        conds = [cond, uncond][:self.skips.branches[i]]
         with network_errors():
-            v, *rest = [(branch.guess if skip else branch.compute)(i, x, t) for branch in branches]
-        self.forwards += 0 if skip else len(branches)
+            if skip := self.may_skip(i, x):
+                v, *rest = [branch.guess(i, x, t, net, c) for branch, c in zip(self.branches, conds)]
+            else:
+                computed = compute(net, x, t, conds, self.speed)
+                for branch, (_, value) in zip(self.branches, computed):
+                    branch.saw(i, value)
+                v, *rest = [v for v, _ in computed]
+        self.forwards += 0 if skip else len(conds)
         if self.speed.easy:
             self.easy.saw(x, v, not skip)
         if uncond is None:
             return v
-        if gated:
+        if not rest:
             return v + (scale - 1) * self.difference
-        self.difference = v - rest[0]
+        self.difference = v - rest[0] if self.speed.gate < 1 else None
         return rest[0] + scale * (v - rest[0])
 
     def may_skip(self, i, x):
+        if self.speed.easy:                                          # what is told to EasyCache counts, so it is asked at every step
+            return self.easy.skips(x) and EASY_WARM_UP <= i < self.skips.steps - 1
+        return i not in self.skips.computed
+
+    # ---- a run that ends in the midst of a clip
+
+    def state(self):
+        """{name: tensor} for the steps to come, or None: hidden states are gigabytes, such a clip begins anew"""
+        if self.speed.at != "velocity":
+            return None
+        state = {f"guess.{b}.{n:04d}": value for b, branch in enumerate(self.branches) for n, value in zip(branch.numbers, branch.values)}
+        state |= {} if self.difference is None else {"difference": self.difference}
+        return state | (self.easy.state() if self.speed.easy else {})
+
+    def restore(self, state, i):
+        """Go on before step i with what `state` gave."""
+        self.i, self.difference = i, state.get("difference")
+        for name in sorted(name for name in state if name.startswith("guess.")):
+            _, b, n = name.split(".")
+            self.branches[int(b)].saw(int(n), state[name])
         if self.speed.easy:
-            return i >= EASY_WARM_UP and self.easy.skips(x)
-        if self.speed.forecast and len(self.branches[0].values) < min(FORECAST_WARM_UP, self.steps):
-            return False                                             # behind a switch of experts the polynomial begins anew
-        return i not in self.computed
+            self.easy.restore(state)
 
 
-def make_velocity(speed, solver, boundary, folder):
-    """`guided_velocity`, or a Velocity for one clip.
-
-    speed   Speed        solver  its timesteps say which steps each expert has        boundary  of the experts        folder  of the checkpoint
-    raises  ValueError without the calibration that a step list wants
-    """
-    if speed == Speed():
-        return guided_velocity
-    steps = len(solver.timesteps)
-    if speed.forecast:
-        return Velocity(speed, steps, forecast_steps(steps, speed.forecast))
-    if speed.list:
-        factors, first = calibrated(folder, steps), expert_steps(solver.timesteps.tolist(), boundary)
-        return Velocity(speed, steps, listed_steps(factors, speed.list, first))
-    return Velocity(speed, steps)
-
-
-def expert_steps(timesteps, boundary):
-    """[(first step, number of steps)] of each expert that has any."""
-    high = 0 if boundary is None else sum(t / 1000 >= boundary for t in timesteps)
-    return [(begin, n) for begin, n in ((0, high), (high, len(timesteps) - high)) if n]
-
-
-def calibrated(folder, steps):
-    """The factors that fast/calibrate.py measured, for another number of steps by the nearest one.  raises ValueError"""
+def calibrated(folder, timesteps):
+    """Factors from step to step, from the magnitudes that fast/calibrate.py measured there, interpolated in diffusion time.  raises ValueError"""
     path = Path(folder) / CALIBRATION
     try:
-        factors = json.loads(path.read_text(encoding="utf8"))["factors"]
-        factors = [float(factor) for factor in factors]
-        if not factors or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        found = json.loads(path.read_text(encoding="utf8"))
+        t, magnitudes = (np.array(found[name], dtype=float) for name in ("t", "magnitudes"))
+        good = t.shape == magnitudes.shape and t.ndim == 1 and len(t) and np.isfinite([t, magnitudes]).all()
+        if not (good and (np.diff(t) < 0).all() and (magnitudes > 0).all()):
             raise ValueError
     except FileNotFoundError:
         raise ValueError(f"--speed list wants {path}: make it with python -m fast.calibrate --ckpt {folder}, or take easy or forecast") from None
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} holds no factors: make it again with python -m fast.calibrate --ckpt {folder}") from None
-    return [factors[round(i * (len(factors) - 1) / max(1, steps - 1))] for i in range(steps)]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path} holds no magnitudes: make it again with python -m fast.calibrate --ckpt {folder}") from None
+    at = np.interp(timesteps, t[::-1], np.log(magnitudes)[::-1])
+    return np.exp(np.diff(at, prepend=at[0])).tolist()

@@ -77,8 +77,10 @@ def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens):
 
 def estimate_seconds(plan):
     """Of the denoising of a whole video."""
-    whole = plan.forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens)
-    return whole / math.prod(plan.config.split)                      # what goes between GPUs is little, see docs/parallel.md
+    (halves, runs), forwards = plan.config.split, plan.forwards
+    if halves == 2:                                                  # both branches at once; one alone takes as long
+        forwards = plan.clips * len(plan.config.speed.most if plan.config.speed else range(plan.config.steps))
+    return forwards * forward_seconds(plan.denoiser, plan.config, plan.memory.fp8, plan.tokens[-1], plan.video_tokens) / runs
 
 
 # -------------------------------------------------------------------------------------------------- VAE, loading, compiling

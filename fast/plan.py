@@ -9,7 +9,6 @@ or, where many tokens are worked on at once, just before or behind it. If it doe
 the host; offload blocks. The VAE waits in host memory while the denoiser works; while the VAE works the denoiser stays on the device.
 """
 import math
-import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,6 +64,7 @@ class RunConfig:
     compile: bool | None = None           # the per-token parts of the blocks; None: where it saves more than it takes
     attention8: bool = False              # self-attention in 8 bits
     resident: int | None = None           # denoiser blocks that stay on the device; None: as many as fit
+    speed: object = None                  # what is skipped, as --speed says it, see fast/caching.py; None: every step is computed
     split: tuple[int, int] = (1, 1)       # over several ranks: halves that share the branches of guidance, runs of tokens, see parallel.py
 
     def resolve(self, checkpoint):
@@ -74,9 +74,8 @@ class RunConfig:
         defaults |= {"clip_frames" if s2v else "frames": s["frames"], "dtype": torch.bfloat16 if gpu else torch.float32,
                      "vae_dtype": torch.float16 if gpu else torch.float32}
         o = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
-        if not gpu:
-            from media.given import on_cpu                           # here, as below: importing `sample` does not need it
-            o = on_cpu(o)
+        from media.given import on_cpu, whole_number                 # here, as below: importing `sample` does not need it
+        o = o if gpu else on_cpu(o)
         whole = {name: whole_number(name, getattr(o, name)) for name in ("steps", "seed", "frames", "clips", "clip_frames", "resident")}
         o = replace(o, **whole, guidance=tuple(o.guidance) if isinstance(o.guidance, (tuple, list)) else (float(o.guidance),), size=tuple(o.size))
         for name, ok, want in (
@@ -94,15 +93,10 @@ class RunConfig:
                  f"a multiple of 4 (a latent frame is 4 frames) up to {MAX_CLIP_FRAMES} (more would meet the reference picture's position)")):
             if not ok:
                 raise ValueError(f"{name} must be {want}, got {getattr(o, name)}")
-        return o
-
-
-def whole_number(name, value):
-    """Any kind of integer, numpy's too -> int; None stays.  raises ValueError"""
-    try:
-        return value if value is None else operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value}") from None
+        if o.speed is None:
+            return o
+        from fast.caching import resolve                             # here: the reference does without
+        return replace(o, speed=resolve(o.speed, o, checkpoint))
 
 
 @dataclass(frozen=True)
@@ -158,11 +152,16 @@ class Plan:
 
     @property
     def forwards(self):
-        return self.clips * self.config.steps * (2 if max(self.config.guidance) > 1 else 1)
+        return self.clips * clip_forwards(self.config)
 
     def __str__(self):
         from fast.plan_text import plan_text                         # here: importing `sample` does not need it
         return plan_text(self)
+
+
+def clip_forwards(config):
+    """Of one clip, at most."""
+    return config.speed.forwards if config.speed else config.steps * (2 if max(config.guidance) > 1 else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- what will be made
@@ -191,8 +190,7 @@ def make_plan(config, checkpoint, free):
         tokens = (shape[0] * (H // PATCH[1]) * (W // PATCH[2]),)
         fields |= dict(fps=checkpoint.sampling["fps"], clips=1, frames=config.frames, sound=None, tokens=tokens)
     if config.compile is None:
-        forwards = fields["clips"] * config.steps * (2 if max(config.guidance) > 1 else 1)
-        gain = forwards * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
+        gain = fields["clips"] * clip_forwards(config) * tokens[-1] * cfg.n_layer * cfg.dim * COMPILE_GAIN
         config = replace(config, compile=config.device.type == "cuda" and gain > COMPILE_SECONDS)
     memory = plan_memory(config, checkpoint, shape, tokens[-1], free, len(fields["sound"] or ()))
     return Plan(config, latent_shape=shape, memory=memory, **fields)
@@ -356,6 +354,7 @@ def activation_bytes(config, cfg, tokens, memory):
     Bytes per token and channel below were counted from the operations and compared with what an H200 reserved.
     """
     halves, runs = config.split
+    guesses = config.speed.nbytes(cfg, tokens) if config.speed else 0
     tokens = -(-tokens // runs)                                      # of a rank
     C, F, chunk, size = cfg.dim, cfg.ffn_dim, min(memory.chunk or tokens, tokens), config.dtype.itemsize
     attend = 7 * C * tokens if config.attention8 else 0              # q, k, v and float8 v; exact attention needs less than `project`
@@ -366,7 +365,7 @@ def activation_bytes(config, cfg, tokens, memory):
     branches = 2 if max(config.guidance or (2,)) > 1 and halves == 1 else 1
     keys = 0 if memory.host_layers else branches * layer_bytes(cfg, config)
     conditions = branches * tokens * (4 * C // cfg.n_head + size * C // 8)       # RoPE; reference and motion: an eighth of the tokens
-    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + OVERHEAD + AUDIO * bool(cfg.audio_dim)
+    return 4 * C * tokens + max(attend, project, finish) + keys + conditions + guesses + OVERHEAD + AUDIO * bool(cfg.audio_dim)
 
 
 def layer_bytes(cfg, config):

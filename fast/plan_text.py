@@ -27,6 +27,7 @@ def plan_text(plan):
         f"video    {plan.task}: {made} {plan.frames} frames at {plan.fps:g} fps = {plan.frames / plan.fps:.2f} s{cut}",
         *plan.notes,
         f"sampler  {o.solver}, {o.steps} steps, shift {o.shift:g}, guidance {', '.join(f'{g:g}' for g in o.guidance)}, seed {o.seed}",
+        *([f"speed    {o.speed}"] if o.speed else []),
         f"tokens   {tokens}",
         f"weights  {size_table(plan.sizes)}",
         *([ranks_text(plan)] if math.prod(o.split) > 1 else []),

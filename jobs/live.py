@@ -23,7 +23,7 @@ from model import PATCH, expert_index
 from text import Tokenizer, encode_prompt
 
 FRAMES = 4 * live.BLOCK      # pixel frames of a block
-UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart")
+UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed")
 
 
 def options(parser):

@@ -1,4 +1,5 @@
 """What is given: names, inputs and lengths that are checked; pictures and sounds in memory, as the files that everything else reads."""
+import operator
 import os
 import sys
 import tempfile
@@ -26,6 +27,14 @@ def check_names(options):
         if name not in names:
             near = get_close_matches(name, names, 1)
             raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
+
+
+def whole_number(name, value):
+    """Any kind of integer, numpy's too -> int; None stays.  raises ValueError"""
+    try:
+        return value if value is None else operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value}") from None
 
 
 def check_inputs(o, task, kind, stride):

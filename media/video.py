@@ -118,7 +118,8 @@ def state_bytes(plan):
     """Of what is saved for the next clip and in the middle of one, see `make_clips` in wan_s2v.py and sampling.Euler.state."""
     latent = 4 * plan.denoiser.out_dim * math.prod(plan.latent_shape[1:])
     past = 12 * plan.height * plan.width * max(0, 73 - plan.config.clip_frames) if plan.sound is not None else 0
-    return (4 * plan.latent_shape[0] + 19) * latent + past
+    guesses = plan.config.speed.saved if plan.config.speed else 0    # see fast/caching.py
+    return ((4 + guesses) * plan.latent_shape[0] + 19) * latent + past
 
 
 def encoder(path):

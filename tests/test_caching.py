@@ -2,18 +2,29 @@
 
     pytest tests/test_caching.py
 """
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from fast import caching
+import sample
+from fast import caching, calibrate
 from fast.blocks import FastDenoiser
-from fast.caching import Speed, Velocity, forecast_steps, forecast_weights, listed_steps, parse
+from fast.caching import Speed, forecast_steps, forecast_weights, listed_steps, make_skips, parse
+from jobs.parts import Parts
 from sampling import Experts, denoise, guided_velocity, make_solver
 from tests.inputs import TINY, clip, random_net
+from wan_s2v import WanS2VPipeline, run_sampler
 
-STRONG = [Speed(gate=0.5), Speed(easy=0.5), Speed(list=0.5), Speed(forecast=1.0), Speed(forecast=1.0, at="hidden"), Speed(list=0.5, at="hidden"),
-          Speed(easy=0.5, at="audio"), Speed(list=0.5, at="audio"), Speed(gate=0.3, forecast=2.0)]
+HERE = Path(__file__).parents[1]
+GIVEN = dict(audio=str(HERE / "samples" / "voice.flac"), image=str(HERE / "samples" / "face.png"), size=(64, 64), clip_frames=4, clips=1)
+STRONG = [Speed(gate=0.5), Speed(easy=0.5), Speed(list=0.5), Speed(forecast=1.0, warm=2), Speed(forecast=1.0, warm=2, at="hidden"), Speed(list=0.5, at="hidden"),
+          Speed(easy=0.5, at="audio"), Speed(list=0.5, at="audio"), Speed(gate=0.3, forecast=2.0, warm=1)]
 
 
 class Synthetic:
@@ -25,6 +36,11 @@ class Synthetic:
     def __call__(self, x, t, cond):
         self.calls.append((cond, float(t[0])))
         return self.function(x, float(t[0]), cond)
+
+
+def skips_of(speed, steps, guidance=(3.0,), boundary=None, factors=None):
+    """On evenly spaced times; a step list skips as often as it may."""
+    return make_skips(speed, [1000 * (1 - i / steps) for i in range(steps)], boundary, guidance, factors or [1.0] * steps)
 
 
 def run(velocity, net, steps, scale=3.0, uncond="negative", x=None):
@@ -43,14 +59,14 @@ def test_gating_reuses_the_difference():
     """Constant difference of the branches: half of the steps cost one forward, the result is exact."""
     net = Synthetic(lambda x, t, cond: x * (0.2 + t / 5000) + (0.7 if cond == "positive" else 0.2))
     exact, plain = Synthetic(net.function), run(guided_velocity, net, 20)[0]
-    gated, _ = run(Velocity(Speed(gate=0.5), 20), exact, 20)
+    gated, _ = run(skips_of(Speed(gate=0.5), 20).velocity(), exact, 20)
     assert len(exact.calls) == 30 and torch.allclose(gated, plain, atol=1e-6)
     assert [cond for cond, _ in exact.calls[20:]] == ["positive"] * 10
 
 
 def test_a_constant_velocity_is_skipped_as_often_as_allowed():
     net = Synthetic(lambda x, t, cond: x)                            # EasyCache reuses velocity - x, which is 0 here
-    velocity = Velocity(Speed(easy=0.3), 40)
+    velocity = skips_of(Speed(easy=0.3), 40, (1.0,)).velocity()
     plain = run(guided_velocity, Synthetic(net.function), 40, uncond=None)[0]
     x, _ = run(velocity, net, 40, uncond=None)
     assert torch.allclose(x, plain, atol=1e-6)
@@ -66,7 +82,7 @@ def test_a_constant_velocity_is_skipped_as_often_as_allowed():
 
 def test_easy_cache_computes_when_the_velocity_turns():
     turn = Synthetic(lambda x, t, cond: x + (0 if t > 500 else 5 * (1 - t / 500)))
-    computed = Velocity(Speed(easy=0.05), 40)
+    computed = skips_of(Speed(easy=0.05), 40, (1.0,)).velocity()
     run(computed, turn, 40, uncond=None)
     assert computed.forwards > 20
 
@@ -75,6 +91,7 @@ def test_forecast_steps_are_those_of_the_rule():
     """For 40 steps the published rule gives 13 computed ones at 0.75, 16 at 0.25, 9 at 3."""
     assert forecast_steps(40, 0.75) == [0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38]
     assert [len(forecast_steps(40, growth)) for growth in (0.25, 3.0, 0.0)] == [16, 9, 40]
+    assert forecast_steps(40, 1.0, warm=3) == [0, 1, 2, 4, 7, 11, 16, 22, 29, 37] and forecast_steps(40, 1.0, warm=1) == [0, 2, 5, 9, 14, 20, 27, 35]
     assert len(forecast_steps(50, 0.75)) == 14 and len(forecast_steps(50, 3.0)) == 10
 
 
@@ -94,11 +111,10 @@ def test_a_forecast_of_a_polynomial_is_exact(degree):
 
 def test_listed_steps_are_magcaches():
     """A direct evaluation: factors of 0.99, so errors of 0.01, 0.0199, ...; two in a row at most."""
-    assert listed_steps([1.0] + [0.99] * 9, 1.0, [(0, 10)]) == [0, 1, 4, 7]
-    assert listed_steps([1.0] + [0.99] * 9, 0.025, [(0, 10)]) == [0, 1, 3, 5, 7, 9]              # 0.01, then 0.01 + 0.0199 is too much
-    assert listed_steps([1.0] + [0.99] * 9, 0.0, [(0, 10)]) == list(range(10))
-    assert listed_steps([1.0] + [0.99] * 9, 1.0, [(0, 5), (5, 5)]) == [0, 3, 5, 8]             # each expert begins with one that is computed
-    assert listed_steps([1.0] * 5 + [0.7] + [1.0] * 4, 0.04, [(0, 10)]) == [0, 1, 4, 5, 8]
+    assert listed_steps([1.0] + [0.99] * 9, 1.0) == [0, 1, 4, 7]
+    assert listed_steps([1.0] + [0.99] * 9, 0.025) == [0, 1, 3, 5, 7, 9]                         # 0.01, then 0.01 + 0.0199 is too much
+    assert listed_steps([1.0] + [0.99] * 9, 0.0) == list(range(10))
+    assert listed_steps([1.0] * 5 + [0.7] + [1.0] * 4, 0.04) == [0, 1, 4, 5, 8]
 
 
 def test_a_forecast_follows_a_smooth_velocity():
@@ -107,49 +123,106 @@ def test_a_forecast_follows_a_smooth_velocity():
         return torch.full_like(x, np.sin(t / 300))
     exact = run(guided_velocity, Synthetic(velocity), 40, uncond=None)[0]
     def off(speed):
-        computed = forecast_steps(40, 0.75)
-        return float((run(Velocity(speed, 40, computed), Synthetic(velocity), 40, uncond=None)[0] - exact).abs().max())
+        skips = replace(skips_of(Speed(forecast=0.75), 40, (1.0,)), speed=speed)
+        return float((run(skips.velocity(), Synthetic(velocity), 40, uncond=None)[0] - exact).abs().max())
     assert off(Speed(forecast=0.75)) < 0.2 * off(Speed(list=1.0))
+
+
+def test_what_is_planned_is_what_is_computed():
+    """Of two experts, each from its own start; guidance of one of them; at the first step of an expert both branches."""
+    skips = skips_of(Speed(gate=0.25, forecast=0.75), 40, guidance=(3.0, 1.0), boundary=0.5)         # high noise: none; low noise: 3
+    assert skips.begins == (0, 21) and skips.computed == (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 21, 22, 23, 24, 25, 27, 29, 32, 36)
+    assert skips.branches == (1,) * 21 + (2,) + (1,) * 18 and skips.forwards == 20 and skips.stored == 10
+    net, other, velocity = Synthetic(lambda x, t, cond: x), Synthetic(lambda x, t, cond: x), skips.velocity()
+    for i in range(40):
+        t = 1000 * (1 - i / 40)
+        velocity(torch.ones(1, 2), t, net if t >= 500 else other, 1.0 if t >= 500 else 3.0, "positive", None if t >= 500 else "negative")
+    assert (len(net.calls), len(other.calls), velocity.forwards) == (10, 10, 20)
+    assert str(skips) == "gate=0.25,forecast=0.75: 19 of 40 steps are computed, 20 of 59 forwards of a clip"
+    few = skips_of(Speed(gate=0.5, forecast=0.75), 4)
+    assert few.computed == (0, 1, 2, 3) and few.forwards == 6                                    # 4 steps: gating alone is left
 
 
 # ------------------------------------------------------------------------------------------------------- on networks
 
-def trajectory(velocity, cfg=TINY, steps=8, nets=1, scale=3.0):
-    """-> latents; of one or two experts"""
+SMALL = replace(TINY, dim=24, ffn_dim=32, n_head=1, n_layer=3)
+
+
+def sampler(nets=1, scale=3.0, cfg=SMALL):
+    """-> Experts of a small network or two, after `begin`, and latents"""
     made = [random_net(cfg) for _ in range(nets)]
     for p in made[-1].parameters():
         p.data = p.data * 1.01                                       # the other expert
     latents, _, _ = clip(made[0], cfg)
     g = torch.Generator().manual_seed(1)
     given = dict(shape=latents.shape[2:], text=torch.randn(1, 5, cfg.text_dim, generator=g))
-    if cfg.audio_dim:
-        given |= dict(audio=torch.randn(1, cfg.audio_states, cfg.audio_dim, 8, generator=g), ref=torch.randn(1, cfg.out_dim, 1, 8, 8, generator=g))
+    given |= dict(audio=torch.randn(1, cfg.audio_states, cfg.audio_dim, 8, generator=g), ref=torch.randn(1, cfg.out_dim, 1, 8, 8, generator=g))
     names = ["high", "low"][:nets]
     experts = Experts(names, 0.7 if nets == 2 else None, lambda name: made[names.index(name)], keep=True)
-    negative = given | (dict(audio=0 * given["audio"]) if cfg.audio_dim else {}) | dict(text=0 * given["text"])
+    return experts.begin(given, given | dict(audio=0 * given["audio"], text=0 * given["text"]), (scale,)), latents
+
+
+@cache
+def trajectory(velocity=None, nets=1, scale=3.0):
+    """-> latents after 8 steps"""
+    experts, latents = sampler(nets, scale)
     with torch.no_grad():
-        return denoise(experts.begin(given, negative, (scale,)), make_solver("unipc", steps, 3.0), latents, velocity=velocity)
+        return denoise(experts, make_solver("unipc", 8, 3.0), latents, velocity=velocity)
+
+
+def strong(speed, steps, nets, scale=3.0):
+    return make_skips(speed, make_solver("unipc", steps, 3.0).timesteps.tolist(), 0.7 if nets == 2 else None, (scale,), [1.0] * steps)
 
 
 @pytest.mark.parametrize("nets", [1, 2], ids=["one expert", "two experts"])
 @pytest.mark.parametrize("scale", [1.0, 3.0], ids=["guidance 1", "guidance 3"])
 def test_nothing_skipped_is_the_reference_bit_for_bit(nets, scale):
-    want = trajectory(None, nets=nets, scale=scale)
-    for speed in (Speed(gate=1.0), Speed(easy=1e-30), Speed(forecast=1.0)):
-        assert torch.equal(trajectory(Velocity(speed, 8, range(8)), nets=nets, scale=scale), want), speed
-    assert torch.equal(trajectory(Velocity(Speed(list=1.0, at="hidden"), 8, range(8)), nets=nets, scale=scale), want)
+    want = trajectory(nets=nets, scale=scale)
+    for speed in (Speed(gate=1.0), Speed(easy=1e-30), Speed(forecast=1.0), Speed(list=1.0, at="hidden")):
+        skips = strong(speed, 8, nets, scale)
+        skips = skips if speed.easy else replace(skips, computed=tuple(range(8)))
+        assert torch.equal(trajectory(skips.velocity(), nets, scale), want), speed
 
 
 @pytest.mark.parametrize("speed", STRONG, ids=str)
 @pytest.mark.parametrize("nets", [1, 2], ids=["one expert", "two experts"])
 def test_each_trick_skips_and_stays_near(speed, nets, monkeypatch):
     monkeypatch.setattr(caching, "EASY_WARM_UP", 2)
-    want = trajectory(None, nets=nets, steps=12)
-    velocity = Velocity(speed, 12, [i for i in range(12) if i % 3 == 0 or i < 5])
-    got = trajectory(velocity, nets=nets, steps=12)
+    velocity = strong(speed, 8, nets).velocity()
+    want, got = trajectory(nets=nets), trajectory(velocity, nets)
     gap = float((got - want).norm() / want.norm())
-    print(f"{speed}, {nets} experts: {velocity.forwards} of 24 forwards, relative L2 {gap:.1e}")
-    assert velocity.forwards < 24 and 0 < gap < 0.3
+    print(f"{speed}, {nets} experts: {velocity.forwards} of 16 forwards, relative L2 {gap:.1e}")
+    assert velocity.forwards < 16 and 0 < gap < 0.3
+
+
+@pytest.mark.parametrize("speed", [Speed(gate=0.3, forecast=1.0, warm=2), Speed(easy=0.5), Speed(list=0.5, at="hidden")], ids=str)
+def test_a_clip_that_ends_early_goes_on_with_the_same_guesses(speed, tmp_path, monkeypatch):
+    """The same bits as without an end, whichever step comes last; hidden states are not saved: that clip begins anew."""
+    monkeypatch.setattr(caching, "EASY_WARM_UP", 2)
+    skips, steps, stage = strong(speed, 8, 2), 8, lambda name: sample.suppress()
+    config = SimpleNamespace(solver="unipc", steps=steps, shift=3.0, speed=skips)
+
+    def latents(parts, last=steps):
+        def progress(numbered):
+            for i, t in numbered:
+                if i == last:
+                    raise KeyboardInterrupt
+                yield i, t
+        experts, noise = sampler(2)
+        with torch.no_grad():
+            return run_sampler(experts, config, noise, stage, progress, parts)
+
+    def folder(name):
+        return Parts(tmp_path / f"{name}.mp4", made=dict(steps=steps), total=1, every=1).open()
+    want = latents(folder("whole"))
+    for last in (2, 6):
+        with pytest.raises(KeyboardInterrupt):
+            latents(parts := folder(last), last)
+        parts.close()
+        parts = folder(last)
+        assert parts.progress() == ("" if speed.at == "hidden" else f"step {last} of 8")
+        assert torch.equal(latents(parts), want), last
+        parts.close()
 
 
 def test_replayed_audio_is_exact_at_the_same_step():
@@ -189,7 +262,47 @@ def test_words():
         assert part in str(error.value) and "\n" not in str(error.value)
 
 
-def test_audio_anew_wants_sound():
-    from dataclasses import replace
+def test_plans_say_what_is_skipped_and_what_it_holds():
+    """Guesses from hidden states are counted; what cannot be used is refused in a line; the reference does not load fast/caching.py."""
+    pipeline = WanS2VPipeline.from_pretrained()
+    plain, guessed = (pipeline.plan(**GIVEN, steps=40, speed=speed) for speed in ("gate=1", "forecast=0.75,at=hidden"))
+    assert plain.config.speed is None and plain.forwards == 80
+    skips, cfg = guessed.config.speed, guessed.denoiser
+    assert f"speed    {skips}" in str(guessed) and guessed.forwards == skips.forwards == 36
+    assert guessed.memory.denoiser - plain.memory.denoiser == skips.stored * guessed.tokens[-1] * 2 * cfg.dim and skips.stored == 20
+    for speed, part in (("fast", "takes reference, balanced, draft"), ("list=0.04", "make it with python -m fast.calibrate")):
+        with pytest.raises(ValueError, match="--speed") as error:
+            pipeline.plan(**GIVEN, speed=speed)
+        assert part in str(error.value) and "\n" not in str(error.value)
+    for speed in ("easy=0.1", "forecast=1,at=hidden"):
+        with pytest.raises(ValueError, match="runs on one GPU"):
+            caching.resolve(speed, SimpleNamespace(split=(2, 1)), SimpleNamespace(configs=dict(denoiser=cfg)))
     with pytest.raises(ValueError, match="wants an S2V checkpoint"):
-        caching.AudioAnew(random_net(replace(TINY, audio_dim=0)))
+        caching.resolve("easy=0.1,at=audio", None, SimpleNamespace(configs=dict(denoiser=replace(cfg, audio_dim=0)), task="t2v-A14B"))
+
+
+def test_two_halves_of_ranks_compute_both_branches_at_once():
+    """fast/parallel.py's `both` is asked where both are wanted, a single call where gating wants one."""
+    asked = []
+
+    def both(x, t, cond, uncond):
+        asked.append("both")
+        return x, 0 * x
+    net = Synthetic(lambda x, t, cond: asked.append(cond) or x)
+    net.both = both
+    run(skips_of(Speed(gate=0.5), 4).velocity(), net, 4)
+    assert asked == ["both", "both", "positive", "positive"]
+
+
+def test_calibration(tmp_path):
+    """Magnitudes of a network with known ones; another number of steps is interpolated; a damaged file is refused."""
+    measured, net = calibrate.Measured(), Synthetic(lambda x, t, cond: torch.full_like(x, t * t))
+    run(measured, net, 10)
+    assert measured.factors == pytest.approx([1.0] + [((10 - i) / (11 - i)) ** 2 for i in range(1, 10)]) and len(net.calls) == 20
+    path = tmp_path / caching.CALIBRATION
+    path.write_text(json.dumps(dict(t=[1000, 500, 1], magnitudes=[1.0, 0.5, 0.05])))
+    assert caching.calibrated(tmp_path, [1000, 750, 500]) == pytest.approx([1.0, 0.5 ** 0.5, 0.5 ** 0.5])
+    for damaged in ("{}", "[", '{"t": [1, 2], "magnitudes": [1, 1]}', '{"t": [2, 1], "magnitudes": [1, -1]}', '{"t": "a", "magnitudes": 3}'):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="holds no magnitudes: make it again"):
+            caching.calibrated(tmp_path, [2])

@@ -283,6 +283,9 @@ def parser():
     p.add_argument("--steps", type=int, help="denoising steps (default: the checkpoint's)")
     p.add_argument("--shift", type=float, help="(default: the checkpoint's)")
     p.add_argument("--guidance", type=numbers, help="one value, or LOW,HIGH for the two experts (default: the checkpoint's)")
+    p.add_argument("--speed", nargs="+", help="compare ways to skip steps with the reference, see tiny/speed.py (default: off)")
+    p.add_argument("--tempo", type=float, default=1.0, help="with --speed: how much faster than it is the speech is made (default: 1)")
+    p.add_argument("--image", nargs="+", help="with --speed: pictures in place of drawn faces (default: drawn ones)")
     p.add_argument("--solver", help="unipc, dpm++ or euler (default: the checkpoint's)")
     p.add_argument("--seed", type=int, default=0, help="of people, sounds, captions and noise (default: 0)")
     p.add_argument("--fp8", action="store_true", help="cast the large matrices to float8 while loading")
@@ -321,7 +324,12 @@ def main(argv=None):
     any_terminal()
     p = parser()
     try:
-        n = evaluate(args := p.parse_args(argv))
+        args = p.parse_args(argv)
+        if args.speed:
+            from tiny.speed import compare                           # here: it imports this file
+            compare(args)
+            return 0
+        n = evaluate(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
