@@ -234,6 +234,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
     clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
+    if writer.file != writer.path:
+        print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
     try:
         with writer, clock:
             for features, total in clock.waiting(sound):
@@ -245,7 +247,7 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                 clock.wrote(frames.shape[1])
     except (KeyboardInterrupt, Exception):
         if writer.frames and pipe is None:
-            print(f"the {writer.frames} frames so far are kept as {args.out}", file=sys.stderr)
+            print(f"the {writer.frames} frames so far are kept as {writer.file}", file=sys.stderr)
         raise
     print(f"speed    {clock}")
     print(f"wrote    {'the pipe' if pipe is not None else args.out}: {writer.frames} frames of {plan.width}x{plan.height}, "

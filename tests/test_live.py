@@ -182,20 +182,33 @@ def test_sound_under_the_picture():
 # ------------------------------------------------------------------------------------------------------------------------ video out
 
 def test_a_player_can_open_it_meanwhile(tmp_path):
-    """What was written so far is a valid mp4 before the end; in the end all frames and their sound are there."""
-    path, frames = str(tmp_path / "a.mp4"), torch.rand(3, 12, 32, 48)
-    with out.StreamWriter(path, (32, 48), 25, rate=16000) as writer:
-        assert not os.path.exists(path)
+    """What was written so far is a valid mp4 before the end, beside the file of that name that was there before; in the end it takes its place."""
+    path, other, frames = tmp_path / "a.mp4", tmp_path / "a.partial.mp4", torch.rand(3, 12, 32, 48)
+    path.write_text("made before"), other.write_text("of another run")
+    with out.StreamWriter(str(path), (32, 48), 25, rate=16000) as writer:
+        meanwhile = tmp_path / "a.partial1.mp4"
+        assert writer.file == str(meanwhile) and not meanwhile.exists()
         for _ in range(6):
             writer.write(frames, np.zeros((7680, 1), np.float32))
         for _ in range(200):
-            if os.path.exists(path) and os.path.getsize(path) > 20000:
+            if meanwhile.exists() and meanwhile.stat().st_size > 20000:
                 break
             writer.write(frames[:, :1], np.zeros((640, 1), np.float32))
-        early = probe(path)
-    done = probe(path)
-    assert early.width == 48 and early.frames > 0
+        early = probe(str(meanwhile))
+        assert path.read_text() == "made before"
+    done = probe(str(path))
+    assert early.width == 48 and early.frames > 0 and not meanwhile.exists() and other.read_text() == "of another run"
     assert done.frames == writer.frames and done.fps == 25 and abs(done.audio_duration - writer.frames / 25) < 0.1
+
+
+def test_a_stream_that_ends_early_is_kept_and_takes_nothing(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("made before")
+    with pytest.raises(KeyboardInterrupt):
+        with out.StreamWriter(str(path), (32, 48), 25) as writer:
+            writer.write(torch.zeros(3, 12, 32, 48))
+            raise KeyboardInterrupt
+    assert path.read_text() == "made before" and probe(writer.file).frames == 12
 
 
 def test_a_reader_that_goes_is_named(tmp_path):
