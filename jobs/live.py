@@ -126,7 +126,8 @@ def open_live(checkpoint, config, size, window=live.WINDOW, replace_ref=False):
     vae = checkpoint.load("vae", o.device, o.vae_dtype)
     picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
     nets = {name: load_denoiser(checkpoint, name, o) for name in used_experts(checkpoint, o)}
-    return live.Live([nets[name] for name in experts_of_steps(checkpoint, o)], vae, text, picture, o.seed, window, o.shift, replace_ref)
+    prepared = live.prepare([nets[name] for name in experts_of_steps(checkpoint, o)], vae, text, picture)
+    return live.Live(prepared, o.seed, window, o.shift, replace_ref)
 
 
 def load_denoiser(checkpoint, name, o):

@@ -39,12 +39,14 @@ def parts():
     net, coder = network(meta["modules"]["noise_model"]), network(meta["modules"]["vae"])
     cfg = net.cfg
     text, picture = torch.randn(1, 5, cfg.text_dim, generator=g), torch.rand(1, 3, 1, 64, 64, generator=g) * 2 - 1
-    return SimpleNamespace(net=net, vae=coder, text=text, picture=picture,
+    return SimpleNamespace(net=net, vae=coder, text=text, picture=picture, pictures={},
                            sound=torch.randn(8, 1, cfg.audio_states, cfg.audio_dim, 12, generator=g))
 
 
 def begin(parts, seed=42, steps=2, window=6, **options):
-    return live.Live([parts.net] * steps, parts.vae, parts.text, parts.picture, seed, window, **options)
+    if steps not in parts.pictures:
+        parts.pictures[steps] = live.prepare([parts.net] * steps, parts.vae, parts.text, parts.picture)
+    return live.Live(parts.pictures[steps], seed, window, **options)
 
 
 def test_a_seed_gives_its_bytes_and_viewers_do_not_meet(parts):
