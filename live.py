@@ -37,7 +37,7 @@ STEPS, SHIFT = 4, 3.0
 BLOCK = 3                    # latent frames made at once: 12 pixel frames, 0.48 s
 WINDOW = 12                  # latent frames that a ring holds, a multiple of BLOCK
 AHEAD = (4, 30)              # the reference stands between so many latent frames ahead of the block
-REF_FRAMES = 5               # the reference is the second latent of the picture shown for so many frames
+REF_LATENT = 1               # the reference is the second latent of a still picture
 STILL_FRAMES = 113           # of a still picture, until its latents change no more: the encoder looks back 112 frames
 LEAD_LATENTS = 7             # of the still picture are decoded first, so that the first frames are none of a video that begins
 WARM_UP = 3                  # pixel frames of the first block that are not shown: the mouth leads the sound by so many
@@ -73,8 +73,8 @@ def rounded(rope):
 
 def still(vae, picture):
     """The two condition latents of a picture (1, 3, 1, height, width): reference (1, z, 1, H, W); the latent of its being still, the same size."""
-    return vae.with_fp32_fallback(lambda: torch.cat([list(vae.encode_stream([picture] * frames))[-1][:, :, -1:]
-                                                     for frames in (REF_FRAMES, STILL_FRAMES)], dim=2)).split(1, dim=2)
+    latents = vae.with_fp32_fallback(lambda: torch.cat(list(vae.encode_stream([picture] * STILL_FRAMES)), dim=2))
+    return latents[:, :, REF_LATENT:REF_LATENT + 1], latents[:, :, -1:]
 
 
 # ------------------------------------------------------------------------------------------------------------------- the denoiser
@@ -298,8 +298,8 @@ class Live:
         stream, picture = self.stream, self.picture
         if self.replace_ref and stream.frame == stream.window:
             stream.begin(sinks(picture.nets, picture.text, self.first, picture.motion))
-        begins, noise = stream.frame == 0, torch.randn(self.shape, generator=self.generator)
-        latents = stream.block(noise.to(audio.device), audio, self.draw, pose)
+        begins, noise = stream.frame == 0, torch.randn(self.shape, generator=self.generator, pin_memory=audio.is_cuda)
+        latents = stream.block(noise.to(audio.device, non_blocking=True), audio, self.draw, pose)
         if begins:
             self.first = latents[:, :, :1].clone()
         return latents
