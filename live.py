@@ -38,7 +38,7 @@ BLOCK = 3                    # latent frames made at once: 12 pixel frames, 0.48
 WINDOW = 12                  # latent frames that a ring holds, a multiple of BLOCK
 AHEAD = (4, 30)              # the reference stands between so many latent frames ahead of the block
 REF_LATENT = 1               # the reference is the second latent of a still picture
-STILL_FRAMES = 113           # of a still picture, until its latents change no more: the encoder looks back 112 frames
+STILL_FRAMES = 113           # of a still picture, at most, until its latents change no more: the encoder looks back 112 frames
 LEAD_LATENTS = 7             # of the still picture are decoded first, so that the first frames are none of a video that begins
 WARM_UP = 3                  # pixel frames of the first block that are not shown: the mouth leads the sound by so many
 
@@ -73,8 +73,14 @@ def rounded(rope):
 
 def still(vae, picture):
     """The two condition latents of a picture (1, 3, 1, height, width): reference (1, z, 1, H, W); the latent of its being still, the same size."""
-    latents = vae.with_fp32_fallback(lambda: torch.cat(list(vae.encode_stream([picture] * STILL_FRAMES)), dim=2))
-    return latents[:, :, REF_LATENT:REF_LATENT + 1], latents[:, :, -1:]
+    def encode():
+        latents = [torch.zeros(())]
+        for z in vae.encode_stream([picture] * STILL_FRAMES):
+            latents += z.split(1, dim=2)
+            if (latents[-1] - latents[-2]).abs().max() <= 1e-6 * latents[-1].abs().max():        # it changes no more
+                break
+        return torch.cat([latents[1 + REF_LATENT], latents[-1]], dim=2)
+    return vae.with_fp32_fallback(encode).split(1, dim=2)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the denoiser
