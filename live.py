@@ -172,9 +172,6 @@ class Ring:
             mine.copy_(theirs)
         self.ref_keys = [key.clone() for key in state["ref_keys"]]
 
-    def shapes(self):
-        return [tuple(layer.shape) for layer in self.layers]
-
 
 class Stream:
     """Blocks of latents, each from noise, sound and what the blocks before it left in the rings. Inference only.
@@ -329,7 +326,7 @@ class Live:
     def restore(self, state):
         """Go on where the state of another Live of the same weights, picture, prompt and options was taken.  ValueError if it was of others"""
         stream = self.stream
-        shapes, wanted = [[tuple(x.shape) for x in ring["layers"]] for ring in state["rings"]], [ring.shapes() for ring in stream.rings]
+        shapes, wanted = ([[tuple(x.shape) for x in ring["layers"]] for ring in rings] for rings in (state["rings"], self.state()["rings"]))
         if shapes != wanted:
             raise ValueError(f"wanted the state of {len(wanted)} steps with rings of {wanted[0][0]}, got {len(shapes)} steps and {shapes[0][0]}: "
                              "go on with the size, steps, window and checkpoint that it was saved with")

@@ -2,11 +2,11 @@
 
     python -m fast.bench_live --size 704x384                      frames per second of live.py, in several ways, and where the time goes
     python -m fast.bench_live --size 192x128 --flat 500           memory at block 20 and at the last
-    python -m fast.bench_live --size 704x384 --ways eager,beside  these ways alone
+    python -m fast.bench_live --size 704x384 --ways plain,beside  these ways alone
 
-A way is how blocks are made once rings are full:
+A way is how blocks are made once rings are full; words joined by +:
     plain    denoiser, then VAE                     beside   the VAE decodes while the next block is denoised, for sound that is there already
-    graphs   plain, forwards as CUDA graphs         both     graphs and beside
+    rings8   rings and attention in 8 bits          graphs   forwards as CUDA graphs
 Every way begins a stream of its own, fills its rings (and captures its graphs) and is then timed over --blocks blocks, frames copied to the host.
 First frames are timed from a process that has made a stream before: with a new picture, and with one that was prepared. The prompt is umT5's
 output already. The last line is JSON.
@@ -18,6 +18,7 @@ import gc
 import json
 import sys
 import time
+import traceback
 
 import torch
 
@@ -27,12 +28,13 @@ from fast.blocks import FastDenoiser, attention_backend
 from fast.estimate import best_seconds, forward_flops
 from fast.probe import GIB, memory_used, pick_device, synchronize
 from fast.rings import Beside, BlockGraphs, GPURing
+from fast.rings8 import Ring8
 from formats.checkpoints import materialise
 from model import PATCH
 from sample import DTYPES, size
 from tiny import random_weights
 
-WAYS = ("plain", "beside", "graphs", "both")
+WAYS = ("plain", "beside", "rings8", "rings8+beside", "graphs", "rings8+graphs+beside")
 FRAMES = 4 * live.BLOCK
 
 
@@ -57,8 +59,8 @@ class Bench:
     def prepare(self):
         return live.prepare([self.net] * self.args.steps, self.vae, self.text, self.pixels)
 
-    def begin(self, picture):
-        return live.Live(picture, window=self.args.window, ring=GPURing)
+    def begin(self, picture, ring=GPURing):
+        return live.Live(picture, window=self.args.window, ring=ring)
 
     def audio(self, i):
         return self.sound[i % len(self.sound)]
@@ -92,14 +94,14 @@ def make(bench, video, blocks, beside):
 
 def way(bench, picture, name):
     """-> dict of what was measured"""
-    video = bench.begin(picture)
-    graphs = BlockGraphs(video.stream) if name in ("graphs", "both") else None
-    beside = Beside(video) if name in ("beside", "both") else None
+    words = name.split("+")
+    video = bench.begin(picture, Ring8 if "rings8" in words else GPURing)
+    graphs, beside = BlockGraphs(video.stream) if "graphs" in words else None, Beside(video) if "beside" in words else None
     warm = bench.args.window // live.BLOCK * 2 + 2
     begun = make(bench, video, warm, beside)
     taken = make(bench, video, bench.args.blocks, beside)
     rate, memory = FRAMES * bench.args.blocks / taken, used(bench.device)
-    print(f"{name:8} {rate:6.2f} frames/s, {taken / bench.args.blocks:.4f} s per block of {FRAMES} over {bench.args.blocks}; the first {warm} took "
+    print(f"{name:20} {rate:6.2f} frames/s, {taken / bench.args.blocks:.4f} s per block of {FRAMES} over {bench.args.blocks}; the first {warm} took "
           f"{begun:.1f} s; {memory[0]:.1f} GiB of tensors, {memory[1]:.1f} reserved{'' if graphs is None else f', {len(graphs.graphs)} graphs'}", flush=True)
     return dict(frames_per_s=rate, s_per_block=taken / bench.args.blocks, tensors_gib=memory[0], reserved_gib=memory[1])
 
@@ -110,14 +112,27 @@ def measure(bench, picture, names, result):
         gc.collect()
         try:
             result[name] = way(bench, picture, name)
-        except RuntimeError as error:
-            result[name] = dict(failed=str(error).splitlines()[0])
-            print(f"{name:8} failed: {result[name]['failed']}", flush=True)
+        except Exception as error:                                   # of many kinds: Triton's, CUDA's
+            traceback.print_exc()
+            result[name] = dict(failed=f"{type(error).__name__}: {error}"[:300])
+            print(f"{name:20} failed: {result[name]['failed']}", flush=True)
 
 
-def parts(bench, picture):
+def error8(bench, picture):
+    """Relative L2 of the first forward's velocity with 8-bit rings from the one with bfloat16 rings."""
+    def velocity(ring):
+        stream = bench.begin(picture, ring).stream
+        x = torch.randn(1, bench.vae.config.z_dim, live.BLOCK, *picture.motion.shape[3:], generator=torch.Generator().manual_seed(0)).to(bench.device)
+        return stream.velocity(0, x, stream.conditions(bench.audio(0))[0], stream.moved(10))
+    a, b = velocity(Ring8), velocity(GPURing)
+    gap = ((a - b).norm() / b.norm()).item()
+    print(f"error    of 8-bit rings: {gap:.2%} of a velocity (random weights)", flush=True)
+    return gap
+
+
+def parts(bench, picture, ring):
     """Seconds of a block's parts in the steady state, one after the other, and the floor of its forwards."""
-    video, cfg, n, device = bench.begin(picture), bench.cfg, bench.n, bench.device
+    video, cfg, n, device = bench.begin(picture, ring), bench.cfg, bench.n, bench.device
     make(bench, video, bench.args.window // live.BLOCK + 1, None)
     stream, x = video.stream, torch.randn(video.shape, device=device)
     conds, moved = stream.conditions(bench.audio(0)), [stream.moved(10) for _ in stream.experts]
@@ -129,9 +144,9 @@ def parts(bench, picture):
                  to_host=seconds(lambda f=video.frames(latents): f.cpu(), device)[0])
     steps, rows = len(stream.experts), int((stream.window + 2.5) * n)
     q, k = (torch.randn(1, m, cfg.n_head, cfg.dim // cfg.n_head, device=device, dtype=bench.dtype) for m in (live.BLOCK * n, live.BLOCK * n))
-    ring = stream.rings[0]
+    one = stream.rings[0]
     with torch.no_grad(), attention_backend(device):
-        attention = best_seconds(lambda: ring.attend(q, k, k, 0, 0, stream.window, moved[0]), device)
+        attention = best_seconds(lambda: one.attend(q, k, k, 0, 0, stream.window, moved[0]), device)
     linear, _ = forward_flops(cfg, live.BLOCK * n, live.BLOCK * n)
     floor, rate = 0.0, 0.0
     if device.type == "cuda":
@@ -143,7 +158,7 @@ def parts(bench, picture):
         rate = 2 * len(a) * cfg.dim * cfg.ffn_dim / product
         floor = steps * (linear / rate + cfg.n_layer * attention)
     times |= dict(attention=steps * cfg.n_layer * attention, floor=floor)
-    print(f"parts    ms of a block: {', '.join(f'{name} {1000 * t:.1f}' for name, t in times.items())}")
+    print(f"parts    {ring.__name__}, ms of a block: {', '.join(f'{name} {1000 * t:.1f}' for name, t in times.items())}")
     print(f"         {steps} forwards of {live.BLOCK * n:,} tokens to {rows:,} keys: {steps * linear / 1e12:.0f} TFLOP linear at {rate / 1e12:.0f} TFLOP/s, "
           f"attention at {4 * live.BLOCK * n * rows * cfg.dim / attention / 1e12:.0f}; floor {1000 * floor:.0f} ms is {floor / times['forwards']:.0%} of them")
     if bench.args.profile:
@@ -171,7 +186,7 @@ def first_frames(bench):
 
 def flat(bench, picture, blocks):
     """Memory at block 20 and at the last."""
-    video, at = bench.begin(picture), {}
+    video, at = bench.begin(picture, Ring8 if bench.args.flat_rings8 else GPURing), {}
     beside = Beside(video) if bench.device.type == "cuda" else None
     for first in range(0, blocks, 20):
         make(bench, video, 20, beside)
@@ -187,7 +202,8 @@ def parser():
     p.add_argument("--blocks", type=int, default=40, help="timed (default: 40)")
     p.add_argument("--steps", type=int, default=live.STEPS, help=f"(default: {live.STEPS})")
     p.add_argument("--window", type=int, default=live.WINDOW, help=f"latent frames in a ring (default: {live.WINDOW})")
-    p.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help=f"some of {','.join(WAYS)} (default: all)")
+    p.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help=f"(default: {','.join(WAYS)})")
+    p.add_argument("--flat-rings8", action="store_true", help="with --flat: rings in 8 bits")
     p.add_argument("--flat", type=int, metavar="N", help="make so many blocks and compare memory, nothing else")
     p.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=True, help="float8 matrices (default: on)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks' per-token parts (default: on)")
@@ -202,7 +218,8 @@ def main(args):
     device = pick_device(args.device)
     live.check_window(args.window)
     for name, value, ok, want in (("size", args.size, not (args.size[0] % 64 or args.size[1] % 64), "multiples of 64"),
-                                  ("ways", args.ways, set(args.ways) <= set(WAYS), f"some of {','.join(WAYS)}"),
+                                  ("ways", args.ways, all(set(name.split("+")) <= {"plain", "beside", "rings8", "graphs"} for name in args.ways),
+                                   "words of plain, beside, rings8, graphs"),
                                   ("blocks", args.blocks, args.blocks > 0, "1 or more")):
         if not ok:
             raise ValueError(f"--{name} wants {want}, got {value}")
@@ -223,11 +240,13 @@ def main(args):
         if args.flat:
             result["flat"] = flat(bench, picture, args.flat)
         else:
-            measure(bench, picture, [name for name in args.ways if name in ("plain", "beside")], result)
-            result["parts"] = parts(bench, picture)
+            measure(bench, picture, [name for name in args.ways if "graphs" not in name], result)
+            result["parts"] = parts(bench, picture, GPURing)
+            if any("rings8" in name and "failed" not in found for name, found in result.items()):
+                result["parts8"], result["error8"] = parts(bench, picture, Ring8), error8(bench, picture)
             del picture
             result["first"] = first_frames(bench)
-            measure(bench, bench.prepare(), [name for name in args.ways if name in ("graphs", "both")], result)
+            measure(bench, bench.prepare(), [name for name in args.ways if "graphs" in name], result)
     result["peak_gib"] = memory_used(device)[0]
     print(json.dumps(dict(gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__, commit=commit(),
                           argv=sys.argv[1:], **result)))
