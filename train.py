@@ -3,6 +3,7 @@
     python train.py dit                                        one denoiser for all noise levels, and the text encoder with it
     python train.py dit --expert high; ... --expert low        the two experts, both starting from it
     python train.py tune --ckpt weights/tiny --data videos     fine-tune by LoRA; --lora 0 changes all weights
+    python train.py live                                       make it causal, for live.py, by LoRA (tiny/streams.py)
     torchrun --nproc-per-node 2 train.py dit                   the same on several GPUs: each adds a batch
 
 `dit` needs wav2vec2 and VAE, which `python -m tiny.stages audio` and `vae` train; `export` then makes a checkpoint folder. All commands of
@@ -347,7 +348,7 @@ def parse(argv=None):
     add_loop_options(v, steps=600, batch=4, lr=2e-3)
     v.add_argument("--ckpt", default="weights/tiny", help="checkpoint folder that learns it")
     v.add_argument("--speech", default="data/speech/train", help="folder of training sound")
-    v.add_argument("--to", default="weights/tiny-live/lora", help="LoRA file")
+    v.add_argument("--to", default="weights/tiny-live/live", help="LoRA file")
     v.add_argument("--levels", type=positive, default=4, help="steps of the stream, for whose noise levels it is trained")
     v.add_argument("--lora", type=positive, default=32, help="rank")
     v.add_argument("--targets", default=TARGETS, help="layers of a block that get a LoRA")

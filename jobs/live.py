@@ -20,9 +20,9 @@ from media.stream import StreamWriter, pcm
 from text import Tokenizer, encode_prompt
 
 
-def open_live(checkpoint, config, size, window=live.WINDOW, replace_ref=False):
+def open_live(checkpoint, plan, replace_ref=False):
     """Load the networks and make ready for the first block -> live.Live"""
-    o = config
+    o, size = plan.config, (plan.height, plan.width)
     encoder = checkpoint.load("text", o.device, o.dtype)
     text = encode_prompt(encoder, Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len), o.prompt)[None]
     del encoder
@@ -30,10 +30,14 @@ def open_live(checkpoint, config, size, window=live.WINDOW, replace_ref=False):
     picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
     nets = {name: load_denoiser(checkpoint, name, o) for name in used_experts(checkpoint, o)}
     prepared = live.prepare([nets[name] for name in experts_of_steps(checkpoint, o)], vae, text, picture)
-    if o.device.type == "cpu":
-        return live.Live(prepared, o.seed, window, o.shift, replace_ref)
-    from fast.rings import GPURing
-    return live.Live(prepared, o.seed, window, o.shift, replace_ref, GPURing)
+    return live.Live(prepared, o.seed, plan.window, o.shift, replace_ref, ring_class(plan))
+
+
+def ring_class(plan):
+    if plan.config.device.type == "cpu":
+        return live.Ring
+    from fast import rings, rings8
+    return rings8.Ring8 if plan.rings8 else rings.GPURing
 
 
 def load_denoiser(checkpoint, name, o):
@@ -133,7 +137,7 @@ def run_live(args, sample):
 
 def stream(plan, speech, checkpoint, args, pipe, start):
     o, fps, shift = plan.config, plan.fps, args.av_offset / plan.fps
-    video = open_live(checkpoint, o, (plan.height, plan.width), args.window, args.replace_ref)
+    video = open_live(checkpoint, plan, args.replace_ref)
     if speech is None:
         under = Under(RATE, 1, fps, shift)
         sound = from_pipe(sys.stdin.buffer, checkpoint, o, fps, plan.frames, under.hear)

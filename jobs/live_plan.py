@@ -13,6 +13,7 @@ from media.sound import RATE
 from model import PATCH, expert_index
 
 FRAMES = 4 * live.BLOCK      # pixel frames of a block
+LORAS = {"": "live.safetensors", "high=": "live.high.safetensors", "low=": "live.low.safetensors"}
 UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart")
 
 
@@ -22,7 +23,10 @@ def options(parser):
                                           "standard input, --out - writes to standard output; see docs/live.md")
     g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar)")
     g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
-                   "--live); a strength that the file does not name is said (default: live.safetensors in the checkpoint's folder, if there is one)")
+                   "--live); a strength that the file does not name is said (default: live.safetensors in the checkpoint's folder or in that of the "
+                   "same name and -live, if there is one)")
+    g.add_argument("--rings8", action="store_true", help="remember keys and values in 8 bits: half the memory, faster attention, off by 3.6%% of "
+                   "each attention output on random inputs (GPUs with 8-bit tensor cores; default: off)")
     g.add_argument("--fps", type=float, default=live.FPS, help=f"of a stream: {live.FPS}, as the LoRA was trained, or 16 (default: {live.FPS})")
     g.add_argument("--window", type=int, default=live.WINDOW, help="latent frames that a block sees, itself included: a multiple of 3 (default: "
                    f"{live.WINDOW})")
@@ -32,9 +36,11 @@ def options(parser):
 
 
 def with_loras(checkpoint, given):
-    """The checkpoint with the LoRAs of --lora merged, or else with its own: live.safetensors in its folder, or live.high and live.low for two experts."""
-    folder, sides = Path(checkpoint.folder), {"live": "", "live.high": "high=", "live.low": "low="}
-    own = [f"{side}{path}" for name, side in sides.items() if (path := folder / f"{name}.safetensors").is_file()]
+    """The checkpoint with the LoRAs of --lora merged, or else with its own: live.safetensors, or live.high and live.low for two experts, in its
+    folder or in the one beside it whose name ends in -live."""
+    folder = Path(checkpoint.folder).resolve()
+    own = [f"{side}{path}" for place in (folder, folder.with_name(f"{folder.name}-live")) for side, name in LORAS.items()
+           if (path := place / name).is_file()]
     if not (given or own):
         return checkpoint
     from convert_weights import merge
@@ -49,6 +55,7 @@ class LivePlan:
     width: int
     fps: float
     window: int
+    rings8: bool
     seconds: float | None        # of sound; None: as long as it comes
     frames: float                # inf: as long as sound comes
     memory: dict                 # bytes by what takes them
@@ -87,6 +94,11 @@ def make_plan(pipeline, args):
     if not 1 <= fps <= 60:
         raise ValueError(f"--fps must be 1 to 60, got {fps:g}: {live.FPS} is what the LoRA was trained for, 16 what base S2V was")
     live.check_window(args.window)
+    if args.rings8:
+        from fast import attention8
+        if pipeline.device.type == "cpu":
+            raise ValueError("--rings8 wants a GPU with 8-bit tensor cores: leave it out on a CPU")
+        attention8.check(pipeline.device)
     names = ("image", "prompt", "size", "enlarge", "seed", "frames", "start", "duration")
     config = RunConfig(**pipeline.choices, audio=args.audio, steps=args.steps or live.STEPS, shift=args.shift or live.SHIFT,
                        **{name: getattr(args, name) for name in names}).resolve(checkpoint)
@@ -102,36 +114,37 @@ def make_plan(pipeline, args):
         frames = math.ceil(len(speech) / RATE * fps - 1e-6)
     seconds = None if speech is None else len(speech) / RATE
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
-    plan = LivePlan(config, height, width, fps, args.window, seconds, min(frames, args.frames or math.inf), memory_of(config, checkpoint, height, width,
-                    args.window, fp8, speech is None), checkpoint.sizes(), free_memory(pipeline.device, pipeline.vram), fp8)
-    return fitting(plan, checkpoint), speech
+    plan = LivePlan(config, height, width, fps, args.window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
+                    free_memory(pipeline.device, pipeline.vram), fp8)
+    return fitting(replace(plan, memory=memory_of(plan, checkpoint)), checkpoint), speech
 
 
-def memory_of(config, checkpoint, height, width, window, fp8, live_input):
+def memory_of(plan, checkpoint):
     """Bytes on the device while a stream runs, by what takes them."""
+    config, height, width, window = plan.config, plan.height, plan.width, plan.window
+    from fast.rings8 import ring8_bytes
     from fast.vae_plan import vae_cuts
     cfg, vae, (H, W) = checkpoint.configs["denoiser"], checkpoint.configs["vae"], (x // checkpoint.configs["vae"].stride[1] for x in (height, width))
     n, experts, size = H * W // math.prod(PATCH), used_experts(checkpoint, config), config.dtype.itemsize
     dtype = config.vae_dtype or torch.float32
-    coders = checkpoint.parts["vae"].parameters * dtype.itemsize + live_input * 4 * checkpoint.parts["audio"].parameters
+    coders = checkpoint.parts["vae"].parameters * dtype.itemsize + (plan.seconds is None) * 4 * checkpoint.parts["audio"].parameters
     return {"denoiser": sum(weigh(checkpoint.parts[name], config)(None)[0] for name in experts),
-            "rings": live.ring_bytes(cfg, n, config.steps, window, size),
+            "rings": ring8_bytes(cfg, n, config.steps, window) if plan.rings8 else live.ring_bytes(cfg, n, config.steps, window, size),
             "picture": len(experts) * cfg.n_layer * 6 * n * cfg.dim * size,
-            "activations": int(activation_bytes(config, cfg, live.BLOCK * n, MemoryPlan(fp8=fp8))),
+            "activations": int(activation_bytes(config, cfg, live.BLOCK * n, MemoryPlan(fp8=plan.fp8))),
             "VAE": int(coders + vae_cuts(vae, H, W, dtype)[0][1])}
 
 
 def fitting(plan, checkpoint):
     """The plan.  raises ValueError, naming what would help, if it does not fit"""
-    def takes(window=plan.window, **changes):
-        config = replace(plan.config, **changes)
-        return sum(memory_of(config, checkpoint, plan.height, plan.width, window, plan.fp8 or config.fp8, plan.seconds is None).values())
-    if takes() <= plan.room:
+    if (takes := sum(plan.memory.values())) <= plan.room:
         return plan
     less = max(live.BLOCK, plan.window - live.BLOCK)
-    helps = [option for option, size in (("add --fp8", plan.fp8 or takes(fp8=True)), (f"add --window {less}", takes(less)))
-             if size is not True and size <= plan.room]
-    raise ValueError(f"{takes() / GIB:.1f} GiB of memory are wanted, {plan.memory['rings'] / GIB:.1f} of them for rings, {plan.room / GIB:.1f} are there: "
+    others = {"add --fp8": replace(plan, config=replace(plan.config, fp8=True), fp8=True), f"add --window {less}": replace(plan, window=less)}
+    if plan.config.device.type == "cuda":
+        others = {"add --rings8": replace(plan, rings8=True), **others}
+    helps = [option for option, other in others.items() if other != plan and sum(memory_of(other, checkpoint).values()) <= plan.room]
+    raise ValueError(f"{takes / GIB:.1f} GiB of memory are wanted, {plan.memory['rings'] / GIB:.1f} of them for rings, {plan.room / GIB:.1f} are there: "
                      f"{[*helps, 'choose a smaller --size'][0]}")
 
 

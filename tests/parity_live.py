@@ -172,6 +172,10 @@ def thinned(video, theirs):
     return video[0, :, :, ::every, ::every].half()
 
 
+REACH = 36       # latents that the VAE looks back, and a few more: it is not given the others, which only cost time
+MOVED = 26       # of 92 latents, more than the new frames of two clips fill
+
+
 def clips(meta, golden, run):
     """The program for one GPU: it decodes a clip behind the latents of the last 365 frames, encoded again."""
     call, coder, steps = meta["calls"]["video"], network(meta["modules"]["vae"]), meta["calls"]["video"]["sampling_steps"]
@@ -179,9 +183,10 @@ def clips(meta, golden, run):
     picture = reference_picture(meta, call)
     distances, sound = iter(value(meta, "relative_dist").flatten().tolist()), value(meta, "audio_emb")
     last = picture.repeat(1, 1, 365, 1, 1)                           # frames
-    (ref, steady), lead = live.still(coder, picture), coder.encode(last)
+    (ref, steady), begins = live.still(coder, picture), coder.encode(picture)
+    lead = torch.cat([begins, steady.expand(-1, -1, 91, -1, -1)], dim=2)                 # of a still picture; those between are not compared
     motion, ours = steady.expand(-1, -1, MOTION_LATENTS, -1, -1), {"ref_latents": ref}
-    ours["motion_latents"] = torch.cat([coder.encode(picture), *[steady] * (len(listed(meta, "motion_latents")) - 1)], dim=2)
+    ours["motion_latents"] = torch.cat([begins, *[steady] * (len(listed(meta, "motion_latents")) - 1)], dim=2)
     stream = begin(meta, run, ref, motion, steps, n // 4, "noise_model")
     velocity, frames = stream.velocity, []
     yield "cond_k_0", condition_rows(stream, 0, 0), turned(golden["cond_k_0"], stream)
@@ -194,12 +199,12 @@ def clips(meta, golden, run):
             stream.velocity, first = watched, n * clip + 12 * block
             made.append(stream.block(noise[:, :, 3 * block:3 * block + 3], sound[..., first:first + 12], lambda: next(distances)))
         ours[f"latents_{clip}"], ours[f"motion_decode_{clip}"] = torch.cat(made, dim=2), lead
-        new = coder.decode(torch.cat([lead, ours[f"latents_{clip}"]], dim=2))[:, :, -n:][:, :, live.WARM_UP if clip == 0 else 0:]
+        new = coder.decode(torch.cat([lead[:, :, -REACH:], ours[f"latents_{clip}"]], dim=2))[:, :, -n:][:, :, live.WARM_UP if clip == 0 else 0:]
         frames.append(new)
         if clip + 1 < count:
             moved = min(73, new.shape[2])
             last = torch.cat([last[:, :, moved:], new[:, :, -moved:]], dim=2)
-            lead = coder.encode(last)
+            lead = torch.cat([lead[:, :, :92 - MOVED], coder.encode(last[:, :, 4 * (92 - REACH - MOVED):])[:, :, REACH:]], dim=2)
             if online and clip == 0:
                 ours["ref_latents_1"], ours["motion_latents_1"] = made[0][:, :, :1], lead[:, :, -19:]
                 again(meta, stream, ours["ref_latents_1"], ours["motion_latents_1"])

@@ -24,9 +24,13 @@ from fast.listening import Listening
 from formats import checkpoints, lora, names
 from jobs import live as program
 from media import stream as out
+from fast.blocks import FastDenoiser
+from fast.rings import GPURing
 from media.ffmpeg import probe
-from model import rope_table
-from test_parity import GOLDEN, entries, network
+from model import Config, Denoiser, rope_table
+from test_parity import GOLDEN, entries
+from tiny import streams
+from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
@@ -35,9 +39,11 @@ VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face
 @pytest.fixture(scope="module")
 def parts():
     """A small denoiser and VAE, text, a picture, and sound for eight blocks."""
-    meta, g = json.loads((GOLDEN / "live_tpp.json").read_text()), torch.Generator().manual_seed(1)
-    net, coder = network(meta["modules"]["noise_model"]), network(meta["modules"]["vae"])
-    cfg = net.cfg
+    g = torch.Generator().manual_seed(1)
+    cfg = Config(dim=24, ffn_dim=32, n_head=2, n_layer=3, text_dim=8, text_len=6, freq_dim=16, audio_dim=8, audio_states=2, audio_layers=(0, 2))
+    net, coder = Denoiser(cfg).eval(), VAE(VAEConfig(dim=4, dec_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)).eval()
+    for p in (*net.parameters(), *coder.parameters()):
+        p.data = torch.randn(p.shape, generator=g) / (p[0].numel() if p.ndim > 1 else 4) ** 0.5
     text, picture = torch.randn(1, 5, cfg.text_dim, generator=g), torch.rand(1, 3, 1, 64, 64, generator=g) * 2 - 1
     return SimpleNamespace(net=net, vae=coder, text=text, picture=picture, pictures={},
                            sound=torch.randn(8, 1, cfg.audio_states, cfg.audio_dim, 12, generator=g))
@@ -109,8 +115,37 @@ def test_there_is_no_longest_video(parts):
     viewer, f = begin(parts, steps=1, window=3), 3 * 10 ** 7
     viewer.stream.frame = f
     assert viewer.block(parts.sound[0]).isfinite().all() and viewer.stream.frame == f + 3
-    table = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 24)
+    table = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 12)
+    assert torch.equal(viewer.stream.rope([f + 1])[:, :1, :, :2], live.rounded(table[..., :2]))
     assert table[0, 0, 0, 0] == torch.tensor(np.cos(np.float64(f + 1)), dtype=torch.float32)
+
+
+def test_the_ring_of_a_gpu_gives_the_same_numbers(parts):
+    """fast/blocks.py and fast/rings.py, here on a CPU."""
+    viewers = begin(parts), live.Live(live.prepare([FastDenoiser(parts.net)] * 2, parts.vae, parts.text, parts.picture), 42, 6, ring=GPURing)
+    for sound in parts.sound[:4]:
+        a, b = (viewer.latents(sound) for viewer in viewers)
+        assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_teacher_forcing_is_the_ring(parts):
+    """What a denoiser is trained on, a whole stretch in one forward, is what a stream computes block by block from the same noisy latents."""
+    g, net, blocks, window = torch.Generator().manual_seed(2), parts.net, 5, 6
+    picture = begin(parts, steps=1, window=window).picture
+    noisy, ahead = torch.randn(1, 16, 3 * blocks, 8, 8, generator=g), [30, 4, 20, 30, 11]
+    ref, still = torch.randn(1, 16, 1, 8, 8, generator=g), picture.motion[:, :, :1]
+    sound = torch.cat(list(parts.sound[:blocks]), dim=-1)
+    stretch = streams.Stretches(noisy, ref, still, sound, None, None)
+    stream, wanted = live.Stream(live.sinks([net], parts.text, ref, picture.motion), window), []
+    with torch.no_grad():
+        got = streams.velocities(net, noisy, stream.timesteps[:1], parts.text, stretch, *streams.tables(net.cfg, (3 * blocks, 4, 4), 0, ahead), window)
+        for b in range(blocks):
+            cond, = stream.conditions(parts.sound[b])
+            wanted.append(stream.velocity(0, noisy[:, :, 3 * b:3 * b + 3], cond, stream.moved(ahead[b])))
+            stream.frame += 3
+    gaps = [((got[:, :, 3 * b:3 * b + 3] - wanted[b]).norm() / wanted[b].norm()).item() for b in range(blocks)]
+    print(gaps)
+    assert max(gaps) < 1e-5
 
 
 def test_lora_keys(tmp_path):
@@ -242,15 +277,18 @@ def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
 
 
-def test_a_file_and_a_pipe(tmp_path):
-    """The tiny checkpoint: an mp4 from a file; raw frames to a pipe from sound on another, all printed words on stderr."""
-    options = [sys.executable, "sample.py", "--live", "--image", FACE, "--size", "64x64", "--steps", "1"]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    to_file = ["--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")]
-    done = subprocess.run([*options, *to_file], cwd=HERE, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "times real time" in done.stdout, done.stderr
-    media = probe(str(tmp_path / "a.mp4"))
+def test_a_file(tmp_path, capsys):
+    """The tiny checkpoint: an mp4 with its sound."""
+    path = tmp_path / "a.mp4"
+    assert sample.cli(["--live", "--image", FACE, "--size", "64x64", "--steps", "1", "--audio", VOICE, "--duration", "1", "--out", str(path)]) == 0
+    said, media = capsys.readouterr().out, probe(str(path))
+    assert "times real time" in said and "a.partial.mp4 can be played" in said and "live.high.safetensors" in said and os.listdir(tmp_path) == ["a.mp4"]
     assert (media.width, media.height, media.frames, media.fps) == (64, 64, 25, 25) and abs(media.audio_duration - 1) < 0.1
+
+
+def test_a_pipe():
+    """Raw frames to a pipe from sound on another, all printed words on stderr."""
+    options = [sys.executable, "sample.py", "--live", "--image", FACE, "--size", "64x64", "--steps", "1", "--audio", "-", "--raw", "--out", "-"]
     wav, _ = soundfile.read(VOICE, dtype="int16", frames=16000)
-    done = subprocess.run([*options, "--audio", "-", "--raw", "--out", "-"], cwd=HERE, env=env, input=wav.tobytes(), capture_output=True)
+    done = subprocess.run(options, cwd=HERE, env=dict(os.environ, OMP_NUM_THREADS="1"), input=wav.tobytes(), capture_output=True)
     assert done.returncode == 0 and len(done.stdout) == 25 * 64 * 64 * 3 and b"after it was heard" in done.stderr, done.stderr

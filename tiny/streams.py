@@ -1,6 +1,6 @@
 """Make a denoiser causal: training for live.py by teacher forcing on the ring, on drawn faces at 25 frames a second.
 
-    python train.py live --to weights/tiny-live/lora          LoRAs on weights/tiny, one per expert; see docs/training.md
+    python train.py live --to weights/tiny-live/live          LoRAs on weights/tiny, one per expert; see docs/training.md
 
 A stretch of several blocks goes through the network at once, all of it with the noise of one step, as the ring of that step remembers it. The
 condition tokens see themselves alone, at time 0; each block sees them, the frames that its ring would hold, and itself. So one forward computes
@@ -24,7 +24,7 @@ from text import Tokenizer
 from tiny import faces, networks, speech
 from tiny.clips import Pool, features
 from tiny.optimise import Stage, autocast, generator, world
-from train import as_part, load_experts, train
+from train import load_experts, train
 
 BLOCKS = 6                   # of a stretch: from the fourth on rings are full
 SECONDS = 5.0                # of sound around it, over which it is normalised
@@ -149,4 +149,4 @@ def run(o, device):
     stage = live_stage(o, source, device)
     train("live", stage, o, device)
     if world()[0] == 0 and not 0 < o.stop < o.steps:
-        lora.write(stage.nets, source.configs["denoiser"], o.to)
+        lora.write(stage.nets, source.configs["denoiser"], o.to, torch.bfloat16)
