@@ -13,7 +13,8 @@ The weights are those of S2V-14B with the LoRA of Live Avatar merged into them; 
 
 The ring plugs into the one seam of model.py, `attend(q, k, v, layer)`. Weights are shared; rings are the state of one viewer.
 
-    live = Live(nets, vae, text, picture, seed=42)
+    picture = prepare(nets, vae, text, pixels)       # once; then any number of viewers
+    live = Live(picture, seed=42)
     for audio in sound:                  # (1, audio_states, audio_dim, 12) per block
         frames = live.block(audio)       # (1, 3, 12, height, width), of the first block 9
 
@@ -36,8 +37,8 @@ STEPS, SHIFT = 4, 3.0
 BLOCK = 3                    # latent frames made at once: 12 pixel frames, 0.48 s
 WINDOW = 12                  # latent frames that a ring holds, a multiple of BLOCK
 AHEAD = (4, 30)              # the reference stands between so many latent frames ahead of the block
-REF_FRAMES = 5               # the reference is the second latent of the picture shown for so many frames
-STILL_FRAMES = 113           # of a still picture, until its latents change no more: the encoder looks back 112 frames
+REF_LATENT = 1               # the reference is the second latent of a still picture
+STILL_FRAMES = 113           # of a still picture, at most, until its latents change no more: the encoder looks back 112 frames
 LEAD_LATENTS = 7             # of the still picture are decoded first, so that the first frames are none of a video that begins
 WARM_UP = 3                  # pixel frames of the first block that are not shown: the mouth leads the sound by so many
 
@@ -72,95 +73,146 @@ def rounded(rope):
 
 def still(vae, picture):
     """The two condition latents of a picture (1, 3, 1, height, width): reference (1, z, 1, H, W); the latent of its being still, the same size."""
-    return vae.with_fp32_fallback(lambda: torch.cat([list(vae.encode_stream([picture] * frames))[-1][:, :, -1:]
-                                                     for frames in (REF_FRAMES, STILL_FRAMES)], dim=2)).split(1, dim=2)
+    def encode():
+        latents = [torch.zeros(())]
+        for z in vae.encode_stream([picture] * STILL_FRAMES):
+            latents += z.split(1, dim=2)
+            if (latents[-1] - latents[-2]).abs().max() <= 1e-6 * latents[-1].abs().max():        # it changes no more
+                break
+        return torch.cat([latents[1 + REF_LATENT], latents[-1]], dim=2)
+    return vae.with_fp32_fallback(encode).split(1, dim=2)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the denoiser
 
 @dataclass
 class Expert:
-    """A network of the stream, after its sink pass."""
+    """A network of the stream and what its sink pass left: shared by all viewers of a picture."""
     net: object                  # as model.Denoiser is called
     cond: object                 # Cond of a block without its sound and position: text keys and values, video bias
+    rows: list                   # per layer the condition tokens' rotated keys, and values (2, 1, S, K, D)
     ref_keys: list               # per layer the reference's keys before rotation (1, n, K, D): they are turned anew in every forward
-
-    @property
-    def denoiser(self):
-        return getattr(self.net, "net", self.net)                    # FastDenoiser holds one
 
     def condition(self, audio, pose, rope):
         """Cond of one block: its sound and its place."""
-        net, cond = self.denoiser, self.cond
+        net, cond = denoiser(self.net), self.cond
         audio_global, audio_local = net.audio_latents(audio)         # (1, 3, 1, C), (1, 3, A, C); of these 12 audio frames alone
         layers = tuple(LayerCond(layer.text, *block.hear(audio_local, audio_global)) for layer, block in zip(cond.layers, net.blocks))
         bias = cond.video_bias if pose is None else net.token_kind.weight[:1] + net.tokens(net.pose, pose)
         return replace(cond, rope=rope, layers=layers, video_bias=bias)
 
 
+def denoiser(net):
+    return getattr(net, "net", net)                                  # FastDenoiser holds one
+
+
+@torch.no_grad()
+def sink(net, text, ref, motion):
+    """The pass of the condition tokens, which see themselves alone.  ref (1, z, 1, H, W), motion (1, z, 19, H, W) -> Expert
+
+    It is an ordinary forward at time 0, of one blank frame whose result nobody reads. Keys come unrotated, as the reference's are wanted so.
+    """
+    cfg, (h, w), blank = denoiser(net).cfg, (x // p for x, p in zip(ref.shape[3:], PATCH[1:])), torch.zeros_like(ref)
+    silence = torch.zeros(1, cfg.audio_states, cfg.audio_dim, 4, device=ref.device)
+    cond = net.prepare(shape=blank.shape[2:], text=text, audio=silence, ref=ref, motion=motion)
+    n, segments = h * w, (Segment(BLOCK * h * w, 0),)
+    rope, nowhere = rounded(cond.rope)[:, n:], torch.stack([torch.ones_like(cond.rope[0]), torch.zeros_like(cond.rope[1])])
+    expert = Expert(net, replace(cond, grid=(BLOCK, h, w), segments=segments, context=None), [], [])
+
+    def attend(q, k, v, layer):
+        """The first n tokens are the blank frame."""
+        keys, values = k[:, n:], v[:, n:]                            # (1, S, K, D)
+        expert.ref_keys.append(keys[:, :n].clone())
+        expert.rows.append(torch.stack([rotate(keys, rope).to(v.dtype), values]))
+        y = attention(rotate(q[:, n:], rope).to(v.dtype), *expert.rows[layer])                       # (1, S, C)
+        return torch.cat([y.new_zeros(1, n, y.shape[2]), y], dim=1)
+    net(blank, torch.zeros(1, device=ref.device), replace(cond, rope=nowhere), attend)
+    return expert
+
+
+def sinks(nets, text, ref, motion):
+    """-> Expert of each step; one per network."""
+    experts = {id(net): net for net in nets}
+    experts = {key: sink(net, text, ref, motion) for key, net in experts.items()}
+    return [experts[id(net)] for net in nets]
+
+
+class Ring:
+    """What one step remembers: per layer the keys and values of the condition tokens, then of `window` latent frames of n tokens.
+
+    fast/rings.py has one for GPUs.
+    """
+
+    def __init__(self, expert, n, window):
+        self.n, self.S = n, expert.rows[0].shape[2]
+        self.layers = [rows.new_zeros(*rows.shape[:2], self.S + window * n, *rows.shape[3:]) for rows in expert.rows]
+        self.begin(expert)
+
+    def begin(self, expert):
+        """Take the condition tokens of a sink pass. What is there of the video stays."""
+        self.ref_keys = expert.ref_keys
+        for memory, rows in zip(self.layers, expert.rows):
+            memory[:, :, :self.S] = rows
+
+    def attend(self, q, k, v, layer, slot, seen, moved):
+        """The block's own keys and values are written first, in the place of the oldest: it sees all of itself. Order does not matter.
+
+        slot, seen  the frame at which it is written, how many it sees with itself        moved  the reference's table (2, n, 1, D/2)
+        """
+        memory, start = self.layers[layer], self.S + slot * self.n
+        memory[0, :, :self.n] = rotate(self.ref_keys[layer], moved)
+        memory[0, :, start:start + k.shape[1]], memory[1, :, start:start + k.shape[1]] = k, v
+        return attention(q, *memory[:, :, :self.S + seen * self.n])
+
+    def state(self):
+        return dict(layers=self.layers, ref_keys=self.ref_keys)
+
+    def restore(self, state):
+        for mine, theirs in zip(self.layers, state["layers"]):
+            mine.copy_(theirs)
+        self.ref_keys = [key.clone() for key in state["ref_keys"]]
+
+
 class Stream:
     """Blocks of latents, each from noise, sound and what the blocks before it left in the rings. Inference only.
 
-    nets    one network per step (all the same, or of two experts), with `prepare` and the call of model.Denoiser; shared by all streams
-    text    umT5 rows of the prompt (1, S, text_dim)        window  latent frames in a ring: a multiple of 3
+    experts  one per step, of `sinks`; shared by all streams of a picture        window  latent frames in a ring: a multiple of 3
+    ring     class of the rings
     """
 
-    def __init__(self, nets, text, window=WINDOW, shift=SHIFT):
+    def __init__(self, experts, window=WINDOW, shift=SHIFT, ring=Ring):
         check_window(window)
-        self.nets, self.text, self.window, self.cfg = nets, text, window, getattr(nets[0], "net", nets[0]).cfg
-        self.sigmas, self.timesteps = schedule(len(nets), shift)
+        self.experts, self.window, self.cfg, self.grid = experts, window, denoiser(experts[0].net).cfg, experts[0].cond.grid
+        self.n = self.grid[1] * self.grid[2]
+        self.sigmas, self.timesteps = schedule(len(experts), shift)
         self.frame = 0                                               # latent frames made so far; the number of the next
-        self.rings = [[] for _ in nets]                              # per step, per layer: (2, 1, S + window*n, K, D) rotated keys, and values
+        self.rings = [ring(expert, self.n, window) for expert in experts]
+        self.places = rope_table(grid_positions([0], *map(range, self.grid[1:])), self.width).to(experts[0].cond.rope.device)
 
-    @torch.no_grad()
-    def sink(self, ref, motion):
-        """The pass of the condition tokens; again when the reference changes. What the rings hold of the video stays.
-
-        ref (1, z, 1, H, W), motion (1, z, 19, H, W). It is an ordinary forward at time 0, of one blank frame whose result nobody reads: `attend`
-        lets the condition tokens see themselves alone. They come unrotated, as the reference's keys are wanted so.
-        """
-        cfg, (H, W) = self.cfg, ref.shape[3:]
-        self.grid = BLOCK, H // PATCH[1], W // PATCH[2]
-        blank = torch.zeros_like(ref)
-        silence = torch.zeros(1, cfg.audio_states, cfg.audio_dim, 4, device=ref.device)
-        experts = {}
-        for net in self.nets:
-            if id(net) not in experts:
-                cond = net.prepare(shape=blank.shape[2:], text=self.text, audio=silence, ref=ref, motion=motion)
-                experts[id(net)] = expert = Expert(net, None, [])
-                rope = rounded(cond.rope)[:, self.n:]
-                turned_nowhere = torch.stack([torch.ones_like(cond.rope[0]), torch.zeros_like(cond.rope[1])])
-                net(blank, torch.zeros(1, device=ref.device), replace(cond, rope=turned_nowhere), self.sink_attend(expert, rope))
-                expert.cond = replace(cond, grid=self.grid, segments=(Segment(BLOCK * self.n, 0),), context=None)
-        self.experts = [experts[id(net)] for net in self.nets]       # per step
-
-    def sink_attend(self, expert, rope):
-        """`attend` of the sink pass: condition tokens see each other; every ring of the network takes their keys and values."""
-        rings = [ring for net, ring in zip(self.nets, self.rings) if net is expert.net]
-
-        def attend(q, k, v, layer):
-            video, condition = self.n, k[:, self.n:]
-            expert.ref_keys.append(condition[:, :self.n].clone())
-            turned, v = rotate(condition, rope).to(v.dtype), v[:, video:]                                # (1, S, K, D)
-            for ring in rings:
-                if layer == len(ring):
-                    ring.append(v.new_zeros(2, 1, v.shape[1] + self.window * self.n, *v.shape[2:]))
-                ring[layer][0, :, :v.shape[1]], ring[layer][1, :, :v.shape[1]] = turned, v
-            y = attention(rotate(q[:, video:], rope).to(v.dtype), turned, v)                             # (1, S, C)
-            return torch.cat([y.new_zeros(1, video, y.shape[2]), y], dim=1)
-        return attend
+    def begin(self, experts):
+        """Go on with the condition tokens of other sink passes."""
+        self.experts = experts
+        for ring, expert in zip(self.rings, experts):
+            ring.begin(expert)
 
     @property
-    def n(self):
-        return self.grid[1] * self.grid[2]
+    def width(self):
+        return self.cfg.dim // self.cfg.n_head                       # D
 
-    def rope(self, times, device):
-        """The table of whole latent frames. Angles come from the frame's number in float64: there is no longest video."""
-        return rounded(rope_table(grid_positions(times, *map(range, self.grid[1:])), self.cfg.dim // self.cfg.n_head)).to(device)
+    def rope(self, times):
+        """The table of whole latent frames (2, len(times)*n, 1, D/2). Angles come from the frame's number in float64: there is no longest video.
+
+        Only the columns of time are new, a few numbers: rows and columns of the picture wait on the device.
+        """
+        moments = torch.tensor([[time, 0, 0] for time in times], dtype=torch.float64)
+        moments, columns = rope_table(moments, self.width).to(self.places.device), self.width // 2 - 2 * (self.width // 6)
+        table = self.places.repeat(1, len(times), 1, 1)
+        table[..., :columns] = moments[..., :columns].repeat_interleave(self.n, dim=1)
+        return rounded(table)
 
     def conditions(self, audio, pose=None):
         """Cond of the block to come, per step.  audio (1, audio_states, audio_dim, 12), pose (1, pose_dim, 3, H, W) latents or None"""
-        rope = self.rope(range(self.frame, self.frame + BLOCK), audio.device)
+        rope = self.rope(range(self.frame, self.frame + BLOCK))
         made = {id(expert): expert.condition(audio, pose, rope) for expert in {id(e): e for e in self.experts}.values()}
         return [made[id(expert)] for expert in self.experts]
 
@@ -169,31 +221,26 @@ class Stream:
         f = self.frame
         return f % self.window, min(f + BLOCK, self.window), REF_TIME + max(0, f - (REF_TIME - ahead))
 
-    def attend(self, step, ahead):
-        """`attend` of a step of the block to come, whose reference stands `ahead` latent frames before it, see AHEAD."""
-        expert, ring, n, (slot, seen, time) = self.experts[step], self.rings[step], self.n, self.place(ahead)
-        S, moved = ring[0].shape[2] - self.window * n, self.rope([time], ring[0].device)
-        own, seen = slice(S + slot * n, S + (slot + BLOCK) * n), S + seen * n
+    def moved(self, ahead):
+        """The reference's table for a forward of the block to come, before which it stands `ahead` latent frames, see AHEAD."""
+        return self.rope([self.place(ahead)[2]])
 
-        def attend(q, k, v, layer):
-            """The block's own keys and values are written first, in the place of the oldest: it sees all of itself. Order does not matter."""
-            memory = ring[layer]
-            memory[0, :, :n] = rotate(expert.ref_keys[layer], moved)
-            memory[0, :, own], memory[1, :, own] = k, v
-            return attention(q, *memory[:, :, :seen])
-        return attend
-
-    def velocity(self, step, latents, cond, ahead):
-        """One forward of the block to come.  latents (1, z, 3, H, W), cond of `conditions`, ahead as `attend` -> (1, z, 3, H, W) float32"""
+    def velocity(self, step, latents, cond, moved):
+        """One forward of the block to come.  latents (1, z, 3, H, W), cond of `conditions`, table of `moved` -> (1, z, 3, H, W) float32"""
+        ring, (slot, seen, _) = self.rings[step], self.place(0)
         t = torch.full((1,), self.timesteps[step].item(), device=latents.device)
-        return self.experts[step].net(latents, t, cond, self.attend(step, ahead))
+        return self.experts[step].net(latents, t, cond, lambda q, k, v, layer: ring.attend(q, k, v, layer, slot, seen, moved))
+
+    def steps(self, x, conds, moved):
+        """All forwards of the block to come.  x (1, z, 3, H, W) noise; per step a Cond and a table of `moved` -> (1, z, 3, H, W)"""
+        for step, change in enumerate(self.sigmas.diff().tolist()):
+            x = x + change * self.velocity(step, x, conds[step], moved[step])
+        return x
 
     @torch.no_grad()
     def block(self, noise, audio, draw, pose=None):
         """The next three latent frames.  noise (1, z, 3, H, W), audio and pose as `conditions`, draw() -> `ahead` of a forward -> (1, z, 3, H, W)"""
-        x = noise.float()
-        for step, cond in enumerate(self.conditions(audio, pose)):
-            x = x + (self.sigmas[step + 1] - self.sigmas[step]).item() * self.velocity(step, x, cond, draw())
+        x = self.steps(noise.float(), self.conditions(audio, pose), [self.moved(draw()) for _ in self.experts])
         self.frame += BLOCK
         return x
 
@@ -209,59 +256,83 @@ def decode(vae, latents, cache):
     return torch.cat(frames, dim=2)
 
 
-class Live:
-    """The stream of one viewer: a picture, then sound block by block -> frames block by block. All that it remembers is in `state`.
+@dataclass
+class Picture:
+    """What is made of a picture and a prompt once: from it a stream begins at once. It takes sink rows of 2.5 latent frames per network."""
+    nets: list                   # of each step
+    vae: object
+    text: object                 # umT5 rows of the prompt (1, S, text_dim)
+    motion: object               # (1, z, 19, H, W)
+    experts: list                # of each step
+    cache: deque                 # of the VAE's decoder, behind the latents of the still picture
 
-    nets, text, window, shift  as Stream        vae  as vae.VAE        picture  (1, 3, 1, height, width) in [-1, 1]
+
+@torch.no_grad()
+def prepare(nets, vae, text, picture):
+    """nets one network per step, with `prepare` and the call of model.Denoiser; picture (1, 3, 1, height, width) in [-1, 1] -> Picture"""
+    (ref, latent), cache = still(vae, picture), new_cache(vae.decoder)
+    motion = latent.expand(-1, -1, denoiser(nets[0]).cfg.motion_latents, -1, -1)
+    decode(vae, latent.expand(-1, -1, LEAD_LATENTS, -1, -1), cache)
+    return Picture(nets, vae, text, motion, sinks(nets, text, ref, motion), cache)
+
+
+class Live:
+    """The stream of one viewer: sound block by block -> frames block by block. All that it remembers is in `state`.
+
+    picture, window, shift, ring  as prepare and Stream
     seed         of noise and of the reference's distances: the same seed gives the same video
     replace_ref  when a ring is full for the first time, the first latent that was made takes the picture's place as reference (as the
                  original does on several GPUs; on one it does not)
     """
 
-    def __init__(self, nets, vae, text, picture, seed=42, window=WINDOW, shift=SHIFT, replace_ref=False):
-        self.vae, self.replace_ref = vae, replace_ref
+    def __init__(self, picture, seed=42, window=WINDOW, shift=SHIFT, replace_ref=False, ring=Ring):
+        self.picture, self.replace_ref = picture, replace_ref
         self.generator = torch.Generator().manual_seed(seed)         # on the CPU, so that a seed means the same on every machine
-        self.stream, self.cache = Stream(nets, text, window, shift), new_cache(vae.decoder)
-        ref, latent = still(vae, picture)
-        self.motion = latent.expand(-1, -1, self.stream.cfg.motion_latents, -1, -1)
-        self.stream.sink(ref, self.motion)
-        decode(vae, latent.expand(-1, -1, LEAD_LATENTS, -1, -1), self.cache)
-        self.shape, self.first = (1, vae.config.z_dim, BLOCK, *ref.shape[3:]), None
+        self.stream, self.cache = Stream(picture.experts, window, shift, ring), deque(picture.cache)
+        self.shape, self.first = (1, picture.vae.config.z_dim, BLOCK, *picture.motion.shape[3:]), None
+        self.hidden = WARM_UP                                        # frames to come that are not shown
 
     def draw(self):
         return int(torch.randint(AHEAD[0], AHEAD[1] + 1, (), generator=self.generator))
 
     @torch.no_grad()
-    def block(self, audio, pose=None):
-        """audio (1, audio_states, audio_dim, 12), pose (1, pose_dim, 3, H, W) latents or None -> frames (1, 3, 12 or 9, height, width)"""
-        stream = self.stream
+    def latents(self, audio, pose=None):
+        """The denoiser's part of `block` -> (1, z, 3, H, W)"""
+        stream, picture = self.stream, self.picture
         if self.replace_ref and stream.frame == stream.window:
-            stream.sink(self.first, self.motion)
-        begins = stream.frame == 0
-        latents = stream.block(torch.randn(self.shape, generator=self.generator).to(audio.device), audio, self.draw, pose)
+            stream.begin(sinks(picture.nets, picture.text, self.first, picture.motion))
+        begins, noise = stream.frame == 0, torch.randn(self.shape, generator=self.generator, pin_memory=audio.is_cuda)
+        latents = stream.block(noise.to(audio.device, non_blocking=True), audio, self.draw, pose)
         if begins:
             self.first = latents[:, :, :1].clone()
-        return decode(self.vae, latents, self.cache)[:, :, WARM_UP if begins else 0:]
+        return latents
+
+    @torch.no_grad()
+    def frames(self, latents):
+        """The VAE's part: latents in the order they were made -> (1, 3, 12, height, width), the first time 9"""
+        hidden, self.hidden = self.hidden, 0
+        return decode(self.picture.vae, latents, self.cache)[:, :, hidden:]
+
+    def block(self, audio, pose=None):
+        """audio (1, audio_states, audio_dim, 12), pose (1, pose_dim, 3, H, W) latents or None -> frames (1, 3, 12 or 9, height, width)"""
+        return self.frames(self.latents(audio, pose))
 
     def state(self):
         """Everything that the blocks to come depend on, but weights, picture and prompt: for torch.save. Tensors are not copied."""
         stream = self.stream
-        return dict(frame=stream.frame, rings=stream.rings, ref_keys=[expert.ref_keys for expert in stream.experts], first=self.first,
-                    cache=list(self.cache), generator=self.generator.get_state())
+        return dict(frame=stream.frame, rings=[ring.state() for ring in stream.rings], first=self.first, hidden=self.hidden, cache=list(self.cache),
+                    generator=self.generator.get_state())
 
     def restore(self, state):
         """Go on where the state of another Live of the same weights, picture, prompt and options was taken.  ValueError if it was of others"""
         stream = self.stream
-        shapes, wanted = ([[tuple(layer.shape) for layer in ring] for ring in rings] for rings in (state["rings"], stream.rings))
+        shapes, wanted = ([[tuple(x.shape) for x in ring["layers"]] for ring in rings] for rings in (state["rings"], self.state()["rings"]))
         if shapes != wanted:
             raise ValueError(f"wanted the state of {len(wanted)} steps with rings of {wanted[0][0]}, got {len(shapes)} steps and {shapes[0][0]}: "
                              "go on with the size, steps, window and checkpoint that it was saved with")
-        for mine, theirs in zip(stream.rings, state["rings"]):
-            for ring, other in zip(mine, theirs):
-                ring.copy_(other)
-        for expert, keys in zip(stream.experts, state["ref_keys"]):
-            expert.ref_keys = [key.clone() for key in keys]
-        stream.frame, self.first = state["frame"], state["first"]
+        for ring, saved in zip(stream.rings, state["rings"]):
+            ring.restore(saved)
+        stream.frame, self.first, self.hidden = state["frame"], state["first"], state["hidden"]
         self.cache = deque(x if x is None else x.clone() for x in state["cache"])
         self.generator.set_state(state["generator"])
         return self

@@ -138,7 +138,7 @@ def parser():
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on a GPU, where it saves more "
                    f"than the {COMPILE_SECONDS} s that it takes)")
     p.set_defaults(world=None)                                       # of many processes, see jobs/ranks.py
-    from jobs.live import options                                    # here: importing `sample` does not need it
+    from jobs.live_plan import options                                   # here: importing `sample` does not need it
     options(p)
     return p
 
@@ -173,12 +173,12 @@ def open_pipeline(args):
     if args.vram is not None and not args.vram > 0:
         raise ValueError(f"--vram wants the size of a card in GB, got {args.vram:g}")
     checkpoint = open_folder(args.ckpt)
-    if args.lora:
-        from convert_weights import merge
-        checkpoint = merge(checkpoint, args.lora, "cpu")
     if args.fp8 is False:
         from fast import fp8
         checkpoint = change_denoisers(checkpoint, lambda _, part: fp8.multiplied_out(part.tensors))
+    if args.live:
+        from jobs.live_plan import with_loras
+        checkpoint = with_loras(checkpoint, args.lora)
     ranks = args.world.arrange(args, checkpoint) if args.world and args.batch is None else None
     pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, ranks=ranks, **choices(args))
     cap_memory(pipeline.device, args.vram)

@@ -3,6 +3,7 @@
     python train.py dit                                        one denoiser for all noise levels, and the text encoder with it
     python train.py dit --expert high; ... --expert low        the two experts, both starting from it
     python train.py tune --ckpt weights/tiny --data videos     fine-tune by LoRA; --lora 0 changes all weights
+    python train.py live                                       make it causal, for live.py, by LoRA (tiny/streams.py)
     torchrun --nproc-per-node 2 train.py dit                   the same on several GPUs: each adds a batch
 
 `dit` needs wav2vec2 and VAE, which `python -m tiny.stages audio` and `vae` train; `export` then makes a checkpoint folder. All commands of
@@ -308,6 +309,11 @@ def tune(o, device):
     convert_weights.save(dataclasses.replace(source, parts=source.parts | parts), o.to, quantize=quantize)
 
 
+def live(o, device):
+    from tiny.streams import run as run_live                         # it imports this file
+    run_live(o, device)
+
+
 # ----------------------------------------------------------------------------------------------------------------- command line
 
 def parse(argv=None):
@@ -338,6 +344,18 @@ def parse(argv=None):
     t.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False,
                    help="compute each block again in the backward pass: much less memory, a third slower")
     t.set_defaults(run=tune)
+    v = commands.add_parser("live", help="make it causal, for live.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_loop_options(v, steps=600, batch=4, lr=2e-3)
+    v.add_argument("--ckpt", default="weights/tiny", help="checkpoint folder that learns it")
+    v.add_argument("--speech", default="data/speech/train", help="folder of training sound")
+    v.add_argument("--to", default="weights/tiny-live/live", help="LoRA file")
+    v.add_argument("--levels", type=positive, default=4, help="steps of the stream, for whose noise levels it is trained")
+    v.add_argument("--lora", type=positive, default=32, help="rank")
+    v.add_argument("--targets", default=TARGETS, help="layers of a block that get a LoRA")
+    v.add_argument("--pool", type=positive, default=128, help="stretches kept ready")
+    v.add_argument("--fresh", type=positive, default=8, help="stretches that are replaced at once")
+    v.add_argument("--every", type=positive, default=8, help="steps between two replacements")
+    v.set_defaults(run=live, expert="both", recompute=False)
     for command, what in ((p, "both: all noise levels; high or low: from there, this side of the boundary"), (t, "which to tune")):
         command.add_argument("--expert", choices=("both", "high", "low"), default="both", help=what)
         command.add_argument("--drop", type=share, default=0.1, help="share of clips without sound and caption, for guidance")

@@ -292,7 +292,7 @@ def add(net, rank, targets):
     return net
 
 
-def write(experts, config, target):
+def write(experts, config, target, dtype=torch.float32):
     """One file, or NAME.high and NAME.low for two experts, with the names of the official layers, which most programs read."""
     theirs = names.inverse(names.official_rules("denoiser", config))
     for expert, net in experts.items():
@@ -300,7 +300,7 @@ def write(experts, config, target):
         for name, layer in net.named_modules():
             if isinstance(layer, LoRA):
                 rank, stem = len(layer.down), "diffusion_model." + names.rename(f"{name}.weight", theirs).removesuffix(".weight")
-                tensors |= {f"{stem}.lora_{letter}.weight": value.detach().cpu().contiguous()
+                tensors |= {f"{stem}.lora_{letter}.weight": value.detach().to("cpu", dtype).contiguous()
                             for letter, value in (("A", layer.down), ("B", layer.up))}
         side = expert.partition("_")[2]
         path = Path(target).with_suffix(f".{side}.safetensors" if side else ".safetensors")

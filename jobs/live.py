@@ -1,133 +1,43 @@
-"""`python sample.py --live`: a picture speaks while the sound is heard. Options, plan and loop."""
+"""`python sample.py --live`: a picture speaks while the sound is heard. live_plan.py says what it will be and take."""
 import math
 import os
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import live
-from fast.plan import RunConfig, frame_size
-from fast.plan_text import size_table
-from fast.probe import GIB, free_memory, synchronize
+from fast.probe import pick_device, synchronize
 from fast.listening import AHEAD, Listening
+from jobs.live_plan import FRAMES, expected, experts_of_steps, make_plan, used_experts
 from media.given import default_float32
 from media.pictures import fit_picture, load_image
 from media.sound import RATE
 from media.stream import StreamWriter, pcm
-from model import PATCH, expert_index
 from text import Tokenizer, encode_prompt
 
-FRAMES = 4 * live.BLOCK      # pixel frames of a block
-UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed")
 
-
-def options(parser):
-    """The command line's part about streams."""
-    g = parser.add_argument_group("live", "blocks of 12 frames that are written while they are made; --audio - takes 16-bit 16 kHz mono from "
-                                          "standard input, --out - writes to standard output; see docs/live.md")
-    g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar)")
-    g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
-                   "--live); a strength that the file does not name is said (default: none)")
-    g.add_argument("--fps", type=float, default=live.FPS, help=f"of a stream: {live.FPS}, as the LoRA was trained, or 16 (default: {live.FPS})")
-    g.add_argument("--window", type=int, default=live.WINDOW, help="latent frames that a block sees, itself included: a multiple of 3 (default: "
-                   f"{live.WINDOW})")
-    g.add_argument("--replace-ref", action="store_true", help="the first latent made takes the picture's place as reference after "
-                   f"{live.WINDOW} latent frames, as the original does on several GPUs (default: off, as on one)")
-    g.add_argument("--raw", action="store_true", help="write rgb24 frames without sound in place of an mp4 (default: off)")
-
-
-@dataclass(frozen=True)
-class LivePlan:
-    """What a stream will be and take."""
-    config: RunConfig
-    height: int
-    width: int
-    fps: float
-    seconds: float | None        # of sound; None: as long as it comes
-    frames: float                # inf: as long as sound comes
-    weights: int                 # bytes of the denoiser, or of both experts
-    rings: int                   # bytes
-    sizes: dict
-    free: object
-
-    def __str__(self):
-        o = self.config
-        sound = "standard input" if self.seconds is None else f"{self.seconds:.2f} s of {os.path.basename(o.audio)}"
-        length = "as long as sound comes" if math.isinf(self.frames) else f"{self.frames} frames = {self.frames / self.fps:.2f} s"
-        room = self.free.host if self.free.device is None else self.free.device
-        return "\n".join((
-            f"sound    {sound}",
-            f"video    live: {self.width}x{self.height}, {length}, at {self.fps:g} fps, in blocks of {FRAMES}; the mouth leads the sound by "
-            f"{live.WARM_UP} frames, {1000 * live.WARM_UP / self.fps:.0f} ms (--av-offset -{live.WARM_UP} undoes it)",
-            f"sampler  Euler, {o.steps} steps, shift {o.shift:g} twice, no guidance, seed {o.seed}",
-            f"weights  {size_table(self.sizes)}",
-            f"memory   {(self.weights + self.rings) / GIB:.2f} of {room / GIB:.1f} GiB: denoiser {self.weights / GIB:.2f}, "
-            f"rings {self.rings / GIB:.2f}; the same however long the stream is"))
-
-
-def make_plan(pipeline, args):
-    """-> LivePlan, and a Speech or None.  raises ValueError for what a stream cannot use, and where its rings cannot fit"""
-    checkpoint, fps = pipeline.checkpoint, args.fps
-    if given := [name for name in UNUSED if getattr(args, name)]:
-        raise ValueError(f"--live has no --{given[0].replace('_', '-')}: leave it out")
-    if not checkpoint.configs["denoiser"].audio_dim:
-        raise ValueError(f"--live wants an S2V checkpoint, got {checkpoint.task}: give --ckpt Wan2.2-S2V-14B")
-    for name, value in (("--audio", args.audio), ("--image", args.image)):
-        if not value:
-            raise ValueError(f"--live wants {name}: {'a sound file, or - for standard input' if name == '--audio' else 'a picture of who speaks'}")
-    if not 1 <= fps <= 60:
-        raise ValueError(f"--fps must be 1 to 60, got {fps:g}: {live.FPS} is what the LoRA was trained for, 16 what base S2V was")
-    live.check_window(args.window)
-    names = ("image", "prompt", "size", "enlarge", "seed", "frames", "start", "duration")
-    config = RunConfig(**pipeline.choices, audio=args.audio, steps=args.steps or live.STEPS, shift=args.shift or live.SHIFT,
-                       **{name: getattr(args, name) for name in names}).resolve(checkpoint)
-    height, width, _ = frame_size(config, "s2v", checkpoint.configs["vae"].stride[1])
-    speech, frames = None, math.inf
-    if args.audio == "-":
-        if args.start:
-            raise ValueError(f"--start {args.start:g} goes with a sound file, not with standard input: leave it out")
-        frames = math.inf if args.duration is None else math.ceil(args.duration * fps - 1e-6)
-    else:
-        from media.speech import open_speech
-        speech = open_speech(args.audio, args.start, args.duration)
-        frames = math.ceil(len(speech) / RATE * fps - 1e-6)
-    cfg, free = checkpoint.configs["denoiser"], free_memory(pipeline.device, pipeline.vram)
-    n = math.prod((height, width)) // math.prod((checkpoint.configs["vae"].stride[1] * PATCH[1],) * 2)
-    from fast.plan import weigh
-    weights = sum(weigh(checkpoint.parts[name], config)(None)[0] for name in used_experts(checkpoint, config))
-    rings = live.ring_bytes(cfg, n, config.steps, args.window, config.dtype.itemsize)
-    room = free.host if free.device is None else free.device
-    if weights + rings > room:
-        raise ValueError(f"{(weights + rings) / GIB:.1f} GiB of memory are wanted, {rings / GIB:.1f} of them for rings, {room / GIB:.1f} are there: "
-                         f"choose a smaller --size{'' if config.fp8 else ', or add --fp8'}")
-    seconds = None if speech is None else len(speech) / RATE
-    return LivePlan(config, height, width, fps, seconds, min(frames, args.frames or math.inf), weights, rings, checkpoint.sizes(), free), speech
-
-
-def experts_of_steps(checkpoint, config):
-    """The name of the denoiser that serves each step."""
-    return [checkpoint.experts[expert_index(t, checkpoint.boundary)] for t in live.schedule(config.steps, config.shift)[1].tolist()]
-
-
-def used_experts(checkpoint, config):
-    return sorted(set(experts_of_steps(checkpoint, config)))
-
-
-def open_live(checkpoint, config, size, window=live.WINDOW, replace_ref=False):
+def open_live(checkpoint, plan, replace_ref=False):
     """Load the networks and make ready for the first block -> live.Live"""
-    o = config
+    o, size = plan.config, (plan.height, plan.width)
     encoder = checkpoint.load("text", o.device, o.dtype)
     text = encode_prompt(encoder, Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len), o.prompt)[None]
     del encoder
     vae = checkpoint.load("vae", o.device, o.vae_dtype)
     picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
     nets = {name: load_denoiser(checkpoint, name, o) for name in used_experts(checkpoint, o)}
-    return live.Live([nets[name] for name in experts_of_steps(checkpoint, o)], vae, text, picture, o.seed, window, o.shift, replace_ref)
+    prepared = live.prepare([nets[name] for name in experts_of_steps(checkpoint, o)], vae, text, picture)
+    return live.Live(prepared, o.seed, plan.window, o.shift, replace_ref, ring_class(plan))
+
+
+def ring_class(plan):
+    if plan.config.device.type == "cpu":
+        return live.Ring
+    from fast import rings, rings8
+    return rings8.Ring8 if plan.rings8 else rings.GPURing
 
 
 def load_denoiser(checkpoint, name, o):
@@ -213,17 +123,21 @@ def run_live(args, sample):
         check_output(args.out)
         if is_folder(args.out):
             raise ValueError(f"--live writes a file or, with --out -, a pipe, got the folder {args.out}: name a file in it")
+    if args.fp8 is None and pick_device(args.device).type == "cpu":
+        args.fp8 = False                                             # a CPU would multiply float8 weights out anew in every forward
     pipeline = sample.open_pipeline(args)
     with default_float32(), torch.inference_mode():
         plan, speech = make_plan(pipeline, args)
         print(plan, flush=True)
+        rate = expected(plan, pipeline.checkpoint)
+        print(f"speed    about {rate:.1f} frames/s expected, {rate / plan.fps:.2f} times real time", flush=True)
         stream(plan, speech, pipeline.checkpoint, args, pipe, sample.START)
     return 0
 
 
 def stream(plan, speech, checkpoint, args, pipe, start):
     o, fps, shift = plan.config, plan.fps, args.av_offset / plan.fps
-    video = open_live(checkpoint, o, (plan.height, plan.width), args.window, args.replace_ref)
+    video = open_live(checkpoint, plan, args.replace_ref)
     if speech is None:
         under = Under(RATE, 1, fps, shift)
         sound = from_pipe(sys.stdin.buffer, checkpoint, o, fps, plan.frames, under.hear)
@@ -235,10 +149,11 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
     clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
+    if writer.file != writer.path:
+        print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
     try:
         with writer, clock:
-            for features, total in clock.waiting(sound):
-                frames = video.block(features[None].to(o.device))[0]
+            for frames, total in pictures(video, clock.waiting(sound), o.device, speech is not None):
                 frames = frames[:, :int(min(total - writer.frames, frames.shape[1]))]
                 synchronize(o.device)
                 if frames.shape[1]:
@@ -246,11 +161,28 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                 clock.wrote(frames.shape[1])
     except (KeyboardInterrupt, Exception):
         if writer.frames and pipe is None:
-            print(f"the {writer.frames} frames so far are kept as {args.out}", file=sys.stderr)
+            print(f"the {writer.frames} frames so far are kept as {writer.file}", file=sys.stderr)
         raise
     print(f"speed    {clock}")
     print(f"wrote    {'the pipe' if pipe is not None else args.out}: {writer.frames} frames of {plan.width}x{plan.height}, "
           f"{writer.frames / fps:.3f} s at {fps:g} fps", flush=True)
+
+
+def pictures(video, sound, device, all_there):
+    """Yield per block its frames (3, P, height, width) and how many frames there will be in all.  all_there: the sound need not be waited for"""
+    if device.type == "cpu":
+        for features, total in sound:
+            yield video.block(features[None])[0], total
+        return
+    from fast.rings import Beside
+    beside, waiting = Beside(video), deque()
+    for features, total in sound:
+        waiting.append((beside(video.latents(features[None].pin_memory().to(device, non_blocking=True))), total))
+        if len(waiting) > all_there:                                 # the block before it, while this one is being made
+            frames, total = waiting.popleft()
+            yield frames()[0], total
+    for frames, total in waiting:
+        yield frames()[0], total
 
 
 class Clock:

@@ -191,6 +191,8 @@ def run_rank(argv, program):
 def work(world, args, program):
     if args.parallel == "batch" and args.batch is None or args.batch is not None and args.parallel not in ("auto", "batch"):
         raise ValueError("--batch gives every rank its own videos, which is --parallel batch; the others make one video together: leave one out")
+    if args.live:
+        raise ValueError("--live runs in one process, on one GPU: leave torchrun out")
     args.device = str(pick_device(args.device, world.local))
     args.world = world
     if world.rank == 0 or args.batch is not None:

@@ -1,8 +1,10 @@
 """Video out while it is made: a fragmented mp4 that a player can open meanwhile, in a file or a pipe; or raw frames. And 16 kHz sound in.
 
-A fragmented mp4 has no index at its end: each fragment of half a second says what it holds, so what is written so far always plays.
+A fragmented mp4 has no index at its end: each fragment of half a second says what it holds, so what is written so far always plays. A file is
+written under another name, out.partial.mp4, and takes its own when it is finished: one that was there before stays until then.
 Axes    P frames   H W height and width in pixels
 """
+import itertools
 import os
 import queue
 import subprocess
@@ -22,27 +24,37 @@ LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame 
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
 
 
+def meanwhile(path):
+    """The name under which a file is written until it is finished: that of no file there is. A pipe or device stays what it is."""
+    if isinstance(path, int) or os.path.exists(path) and not os.path.isfile(path):
+        return path
+    stem, suffix = os.path.splitext(path)
+    return next(name for n in itertools.count() if not os.path.lexists(name := f"{stem}.partial{n or ''}{suffix}"))
+
+
 class StreamWriter:
     """Frames and the sound under them, written as they come.
 
         with StreamWriter("out.mp4", (height, width), fps=25, rate=16000) as out:
             out.write(frames, samples)       # (3, P, H, W) in [-1, 1], (n, channels) float32; either may be empty
 
-    path      a file, or a file descriptor          rate, channels  of the sound; rate 0: no sound
+    path      a file, or a file descriptor; .file is what is written meanwhile          rate, channels  of the sound; rate 0: no sound
     raw       rgb24 frames one behind the other, no sound, no ffmpeg
-    An exception leaves what was written so far, which is whole. Nothing is written before the first frame comes.
+    An exception leaves what was written so far, which is whole, as .file. Nothing is written before the first frame comes.
     raises    OSError if the reader has gone or writing fails, one line
     """
 
     def __init__(self, path, size, fps, rate=0, channels=1, raw=False):
         self.path, self.size, self.fps, self.rate, self.channels, self.raw = path, tuple(size), fps, 0 if raw else rate, channels, raw
-        self.frames, self.out, self.encoder, self.log = 0, None, None, None
+        self.frames, self.out, self.encoder, self.log, self.file = 0, None, None, None, meanwhile(path)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         self.close(quiet=kind is not None)
+        if kind is None and self.frames and self.file != self.path:
+            os.replace(self.file, self.path)
 
     def write(self, frames, samples=None):
         if tuple(frames.shape[2:]) != self.size:
@@ -89,7 +101,7 @@ class StreamWriter:
     def _start(self):
         piped = isinstance(self.path, int)
         if self.raw:
-            self.out = open(self.path, "wb", closefd=not piped)
+            self.out = open(self.file, "wb", closefd=not piped)
             return
         inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps),
                   "-thread_queue_size", "64", "-i", "pipe:0"]
@@ -100,7 +112,7 @@ class StreamWriter:
             sound = ["-c:a", "aac", "-b:a", "192k", "-af", f"aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
             passed, codec = (reader,), [*codec, "-map", "1:a:0", *sound]
         self.log = tempfile.TemporaryFile()
-        target = "pipe:1" if piped else f"file:{self.path}"
+        target = "pipe:1" if piped else f"file:{self.file}"
         command = ffmpeg_command("-v", "error", "-y", *inputs, *codec, "-vf", TO_YUV, *QUALITY, *LIVE, *FRAGMENTS, target)
         self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.path if piped else subprocess.DEVNULL, stderr=self.log,
                                         pass_fds=passed, start_new_session=True)                     # Ctrl-C is ours to handle

@@ -18,7 +18,7 @@ import live
 from fast import fp8
 from formats import checkpoints, lora, names
 from media.pictures import fit_picture, s2v_size
-from model import Config, per_token, rope_table, token_positions
+from model import MOTION_LATENTS, Config, per_token, rope_table, token_positions
 from test_parity import FLOAT16, argument, audio_bucket, entries, network, value
 from vae import new_cache
 
@@ -45,10 +45,18 @@ def audio(meta, golden, run):
 
 # ------------------------------------------------------------------------------------------------------------------ one forward
 
-def begin(meta, run, steps=1, window=live.WINDOW, module="model"):
-    """A Stream of a case's network, before its sink pass."""
-    net = network(meta["modules"][module])
-    return live.Stream([run(net)] * steps, value(meta, "context")[None], window)
+def begin(meta, run, ref, motion, steps=1, window=live.WINDOW, module="model"):
+    """A Stream of a case's network, after its sink pass."""
+    return live.Stream(passes(meta, [run(network(meta["modules"][module]))] * steps, ref, motion), window)
+
+
+def passes(meta, nets, ref, motion):
+    return live.sinks(nets, value(meta, "context")[None], ref, motion)
+
+
+def again(meta, stream, ref, motion):
+    """The sink pass of other latents."""
+    stream.begin(passes(meta, [expert.net for expert in stream.experts], ref, motion))
 
 
 def pairs(rope):
@@ -63,8 +71,8 @@ def condition_rope(stream):
 
 def condition_rows(stream, layer, kind, step=0):
     """What a ring holds of the condition tokens: keys (0) or values (1)."""
-    ring = stream.rings[step][layer]
-    return ring[kind, 0, :ring.shape[2] - stream.window * stream.n]
+    ring = stream.rings[step]
+    return ring.layers[layer][kind, 0, :ring.S]
 
 
 def turned(keys, stream):
@@ -73,11 +81,11 @@ def turned(keys, stream):
 
 
 def sink(meta, golden, run):
-    stream, ref, motion = begin(meta, run), value(meta, "ref_latents"), value(meta, "motion_latents")
-    stream.sink(ref, motion)
-    yield "tokens", stream.experts[0].denoiser.context_tokens(ref, motion)[0], golden["tokens"]
+    ref, motion = value(meta, "ref_latents"), value(meta, "motion_latents")
+    stream = begin(meta, run, ref, motion)
+    yield "tokens", live.denoiser(stream.experts[0].net).context_tokens(ref, motion)[0], golden["tokens"]
     yield "rope", pairs(condition_rope(stream)), golden["rope"]
-    for layer, _ in enumerate(stream.rings[0]):
+    for layer in range(stream.cfg.n_layer):
         yield f"cond_k_{layer}", condition_rows(stream, layer, 0), turned(golden[f"cond_k_{layer}"], stream)
         yield f"cond_v_{layer}", condition_rows(stream, layer, 1), golden[f"cond_v_{layer}"]
 
@@ -85,16 +93,16 @@ def sink(meta, golden, run):
 def forward(meta, run, call, first=0, rounded=live.rounded):
     """The sink pass, given rings, one forward of the block at latent frame `first` -> Stream, Cond, velocity"""
     with mock.patch.object(live, "rounded", rounded):
-        stream = begin(meta, run, window=meta["scalars"].get("cache_frames", live.WINDOW))
-        stream.sink(argument(meta, call["ref_latents"]), argument(meta, call["motion_latents"]))
+        stream = begin(meta, run, *(argument(meta, call[name]) for name in ("ref_latents", "motion_latents")),
+                       window=meta["scalars"].get("cache_frames", live.WINDOW))
         stream.frame, rows = first, min(first, stream.window) * stream.n
-        for layer, ring in enumerate(stream.rings[0] if rows else ()):
-            start = ring.shape[2] - stream.window * stream.n
+        for layer, ring in enumerate(stream.rings[0].layers if rows else ()):
+            start = stream.rings[0].S
             for i, kind in enumerate("kv"):
                 ring[i, :, start:start + rows] = value(meta, f"cache_{kind}_{layer}")[:, :rows]
         stream.timesteps = argument(meta, call["t"])[0, :1]
         cond, = stream.conditions(argument(meta, call["audio_input"]), argument(meta, call["cond_states"]))
-        return stream, cond, stream.velocity(0, argument(meta, call["x"])[None], cond, call["relative_dist"])[0]
+        return stream, cond, stream.velocity(0, argument(meta, call["x"])[None], cond, stream.moved(call["relative_dist"]))[0]
 
 
 def unrounded(rope):
@@ -103,9 +111,9 @@ def unrounded(rope):
 
 def own(stream, layer, kind):
     """What the forward wrote to a layer's ring: keys (0) or values (1) of the block."""
-    ring, slot = stream.rings[0][layer], stream.place(4)[0]
-    start = ring.shape[2] - stream.window * stream.n + slot * stream.n
-    return ring[kind, 0, start:start + live.BLOCK * stream.n]
+    ring, slot = stream.rings[0], stream.place(4)[0]
+    start = ring.S + slot * stream.n
+    return ring.layers[layer][kind, 0, start:start + live.BLOCK * stream.n]
 
 
 def block_first(meta, golden, run):
@@ -115,10 +123,10 @@ def block_first(meta, golden, run):
         yield f"{output}_exact_rope", forward(meta, run, call, rounded=unrounded)[2], golden[f"{output}_exact_rope"]
         if output != next(iter(meta["calls"])):
             continue
-        net, x, t = stream.experts[0].denoiser, argument(meta, call["x"])[None], stream.timesteps
+        net, x, t = live.denoiser(stream.experts[0].net), argument(meta, call["x"])[None], stream.timesteps
         tokens, block = net.embed(x, cond), net.blocks[0]
         mod = per_token(block.modulations(net.modulations(t)[1]), cond.segments)
-        y = stream.attend(0, call["relative_dist"])(*block.project(tokens, mod, cond.rope), 0)
+        y = stream.rings[0].attend(*block.project(tokens, mod, cond.rope), 0, *stream.place(0)[:2], stream.moved(call["relative_dist"]))
         for kind, ours in zip(("audio_global", "audio_local"), net.audio_latents(argument(meta, call["audio_input"]))):
             yield kind, ours, golden[kind]
         yield "tokens", tokens[0], golden["tokens"]
@@ -140,7 +148,7 @@ def block_later(meta, golden, run):
         exact = forward(meta, run, call, row["first_frame"], unrounded)[2]
         yield f"{name}_exact_rope", exact, golden[f"{name}_exact_rope"]
         yield f"{name}_rope", pairs(cond.rope)[::stream.n], golden[f"{name}_rope"]
-        yield f"{name}_cond_rope", pairs(stream.rope([place[2]], "cpu")), golden[f"{name}_cond_rope"]
+        yield f"{name}_cond_rope", pairs(stream.rope([place[2]])), golden[f"{name}_cond_rope"]
         for output in golden:
             if found := re.fullmatch(rf"{name}_new_([kv])_(\d+)", output):
                 yield output, own(stream, int(found[2]), "kv".index(found[1])), golden[output]
@@ -164,20 +172,23 @@ def thinned(video, theirs):
     return video[0, :, :, ::every, ::every].half()
 
 
+REACH = 36       # latents that the VAE looks back, and a few more: it is not given the others, which only cost time
+MOVED = 26       # of 92 latents, more than the new frames of two clips fill
+
+
 def clips(meta, golden, run):
-    """The program for one GPU: it decodes a clip behind the latents of the last 365 frames, encoded again; of which the decoder sees 32 here, more
-    than it can look back."""
+    """The program for one GPU: it decodes a clip behind the latents of the last 365 frames, encoded again."""
     call, coder, steps = meta["calls"]["video"], network(meta["modules"]["vae"]), meta["calls"]["video"]["sampling_steps"]
     n, count, online = call["infer_frames"], len(meta["scalars"]["noise_shapes"]), "online" in meta["case"]
-    stream, picture = begin(meta, run, steps, n // 4, "noise_model"), reference_picture(meta, call)
+    picture = reference_picture(meta, call)
     distances, sound = iter(value(meta, "relative_dist").flatten().tolist()), value(meta, "audio_emb")
     last = picture.repeat(1, 1, 365, 1, 1)                           # frames
-    ref, steady = live.still(coder, picture)
-    lead = torch.cat([coder.encode(last[:, :, :49]), *[steady] * (1 + 364 // 4 - 13)], dim=2)        # of a still picture, by then it is steady
-    motion, ours = steady.expand(-1, -1, stream.cfg.motion_latents, -1, -1), {"ref_latents": ref}
-    ours["motion_latents"] = torch.cat([coder.encode(picture), *[steady] * (len(listed(meta, "motion_latents")) - 1)], dim=2)
+    (ref, steady), begins = live.still(coder, picture), coder.encode(picture)
+    lead = torch.cat([begins, steady.expand(-1, -1, 91, -1, -1)], dim=2)                 # of a still picture; those between are not compared
+    motion, ours = steady.expand(-1, -1, MOTION_LATENTS, -1, -1), {"ref_latents": ref}
+    ours["motion_latents"] = torch.cat([begins, *[steady] * (len(listed(meta, "motion_latents")) - 1)], dim=2)
+    stream = begin(meta, run, ref, motion, steps, n // 4, "noise_model")
     velocity, frames = stream.velocity, []
-    stream.sink(ref, motion)
     yield "cond_k_0", condition_rows(stream, 0, 0), turned(golden["cond_k_0"], stream)
     for clip in range(count):
         noise, made = value(meta, f"noise_{clip}")[None], []
@@ -188,15 +199,15 @@ def clips(meta, golden, run):
             stream.velocity, first = watched, n * clip + 12 * block
             made.append(stream.block(noise[:, :, 3 * block:3 * block + 3], sound[..., first:first + 12], lambda: next(distances)))
         ours[f"latents_{clip}"], ours[f"motion_decode_{clip}"] = torch.cat(made, dim=2), lead
-        new = coder.decode(torch.cat([lead[:, :, -32:], ours[f"latents_{clip}"]], dim=2))[:, :, -n:][:, :, live.WARM_UP if clip == 0 else 0:]
+        new = coder.decode(torch.cat([lead[:, :, -REACH:], ours[f"latents_{clip}"]], dim=2))[:, :, -n:][:, :, live.WARM_UP if clip == 0 else 0:]
         frames.append(new)
         if clip + 1 < count:
             moved = min(73, new.shape[2])
             last = torch.cat([last[:, :, moved:], new[:, :, -moved:]], dim=2)
-            lead = coder.encode(last)
+            lead = torch.cat([lead[:, :, :92 - MOVED], coder.encode(last[:, :, 4 * (92 - REACH - MOVED):])[:, :, REACH:]], dim=2)
             if online and clip == 0:
                 ours["ref_latents_1"], ours["motion_latents_1"] = made[0][:, :, :1], lead[:, :, -19:]
-                stream.sink(ours["ref_latents_1"], ours["motion_latents_1"])
+                again(meta, stream, ours["ref_latents_1"], ours["motion_latents_1"])
                 yield "cond_k_1", condition_rows(stream, 0, 0), turned(golden["cond_k_1"], stream)
     video = torch.cat(frames, dim=2)
     yield "frames", video.shape[2], meta["scalars"]["frames"], 0
@@ -218,16 +229,16 @@ def pipeline_of_gpus(meta, golden, run):
     the first latent that was made."""
     call, coder, steps = meta["calls"]["video"], network(meta["modules"]["vae"]), meta["calls"]["video"]["sampling_steps"]
     n, picture = call["infer_frames"], reference_picture(meta, call)
-    stream, sound = begin(meta, run, steps, n // 4, "noise_model"), value(meta, "audio_emb")
+    sound = value(meta, "audio_emb")
     ref, motion = coder.encode(picture), coder.encode(picture.repeat(1, 1, 73, 1, 1))
     distances = [value(meta, f"relative_dist_{rank}").flatten().tolist() for rank in range(steps)]
     noise = torch.cat([value(meta, name)[None] for name in meta["inputs"] if name.startswith("noise")], dim=2)
-    stream.sink(ref, motion)
+    stream = begin(meta, run, ref, motion, steps, n // 4, "noise_model")
     cache, made, frames = new_cache(coder.decoder), [], []
     live.decode(coder, motion[:, :, :live.LEAD_LATENTS], cache)
     for block in range(noise.shape[2] // 3):
         if stream.frame == stream.window:
-            stream.sink(made[0][:, :, :1], motion)
+            again(meta, stream, made[0][:, :, :1], motion)
         draws = iter([rank[block] for rank in distances])
         made.append(stream.block(noise[:, :, 3 * block:3 * block + 3], sound[..., 12 * block:12 * block + 12], lambda: next(draws)))
         frames.append(live.decode(coder, made[-1], cache)[:, :, 0 if block else live.WARM_UP:])

@@ -24,10 +24,13 @@ from fast.listening import Listening
 from formats import checkpoints, lora, names
 from jobs import live as program
 from media import stream as out
+from fast.blocks import FastDenoiser
+from fast.rings import GPURing
 from media.ffmpeg import probe
-from model import rope_table
-from tests.kill_runs import quick
-from test_parity import GOLDEN, entries, network
+from model import Config, Denoiser, rope_table
+from test_parity import GOLDEN, entries
+from tiny import metrics, over_time, streams
+from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
@@ -36,16 +39,20 @@ VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face
 @pytest.fixture(scope="module")
 def parts():
     """A small denoiser and VAE, text, a picture, and sound for eight blocks."""
-    meta, g = json.loads((GOLDEN / "live_tpp.json").read_text()), torch.Generator().manual_seed(1)
-    net, coder = network(meta["modules"]["noise_model"]), network(meta["modules"]["vae"])
-    cfg = net.cfg
+    g = torch.Generator().manual_seed(1)
+    cfg = Config(dim=24, ffn_dim=32, n_head=2, n_layer=3, text_dim=8, text_len=6, freq_dim=16, audio_dim=8, audio_states=2, audio_layers=(0, 2))
+    net, coder = Denoiser(cfg).eval(), VAE(VAEConfig(dim=4, dec_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)).eval()
+    for p in (*net.parameters(), *coder.parameters()):
+        p.data = torch.randn(p.shape, generator=g) / (p[0].numel() if p.ndim > 1 else 4) ** 0.5
     text, picture = torch.randn(1, 5, cfg.text_dim, generator=g), torch.rand(1, 3, 1, 64, 64, generator=g) * 2 - 1
-    return SimpleNamespace(net=net, vae=coder, text=text, picture=picture,
+    return SimpleNamespace(net=net, vae=coder, text=text, picture=picture, pictures={},
                            sound=torch.randn(8, 1, cfg.audio_states, cfg.audio_dim, 12, generator=g))
 
 
 def begin(parts, seed=42, steps=2, window=6, **options):
-    return live.Live([parts.net] * steps, parts.vae, parts.text, parts.picture, seed, window, **options)
+    if steps not in parts.pictures:
+        parts.pictures[steps] = live.prepare([parts.net] * steps, parts.vae, parts.text, parts.picture)
+    return live.Live(parts.pictures[steps], seed, window, **options)
 
 
 def test_a_seed_gives_its_bytes_and_viewers_do_not_meet(parts):
@@ -108,8 +115,37 @@ def test_there_is_no_longest_video(parts):
     viewer, f = begin(parts, steps=1, window=3), 3 * 10 ** 7
     viewer.stream.frame = f
     assert viewer.block(parts.sound[0]).isfinite().all() and viewer.stream.frame == f + 3
-    table = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 24)
+    table = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 12)
+    assert torch.equal(viewer.stream.rope([f + 1])[:, :1, :, :2], live.rounded(table[..., :2]))
     assert table[0, 0, 0, 0] == torch.tensor(np.cos(np.float64(f + 1)), dtype=torch.float32)
+
+
+def test_the_ring_of_a_gpu_gives_the_same_numbers(parts):
+    """fast/blocks.py and fast/rings.py, here on a CPU."""
+    viewers = begin(parts), live.Live(live.prepare([FastDenoiser(parts.net)] * 2, parts.vae, parts.text, parts.picture), 42, 6, ring=GPURing)
+    for sound in parts.sound[:4]:
+        a, b = (viewer.latents(sound) for viewer in viewers)
+        assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_teacher_forcing_is_the_ring(parts):
+    """What a denoiser is trained on, a whole stretch in one forward, is what a stream computes block by block from the same noisy latents."""
+    g, net, blocks, window = torch.Generator().manual_seed(2), parts.net, 5, 6
+    picture = begin(parts, steps=1, window=window).picture
+    noisy, ahead = torch.randn(1, 16, 3 * blocks, 8, 8, generator=g), [30, 4, 20, 30, 11]
+    ref, still = torch.randn(1, 16, 1, 8, 8, generator=g), picture.motion[:, :, :1]
+    sound = torch.cat(list(parts.sound[:blocks]), dim=-1)
+    stretch = streams.Stretches(noisy, ref, still, sound, None, None)
+    stream, wanted = live.Stream(live.sinks([net], parts.text, ref, picture.motion), window), []
+    with torch.no_grad():
+        got = streams.velocities(net, noisy, stream.timesteps[:1], parts.text, stretch, *streams.tables(net.cfg, (3 * blocks, 4, 4), 0, ahead), window)
+        for b in range(blocks):
+            cond, = stream.conditions(parts.sound[b])
+            wanted.append(stream.velocity(0, noisy[:, :, 3 * b:3 * b + 3], cond, stream.moved(ahead[b])))
+            stream.frame += 3
+    gaps = [((got[:, :, 3 * b:3 * b + 3] - wanted[b]).norm() / wanted[b].norm()).item() for b in range(blocks)]
+    print(gaps)
+    assert max(gaps) < 1e-5
 
 
 def test_lora_keys(tmp_path):
@@ -183,20 +219,33 @@ def test_sound_under_the_picture():
 # ------------------------------------------------------------------------------------------------------------------------ video out
 
 def test_a_player_can_open_it_meanwhile(tmp_path):
-    """What was written so far is a valid mp4 before the end; in the end all frames and their sound are there."""
-    path, frames = str(tmp_path / "a.mp4"), torch.rand(3, 12, 32, 48)
-    with out.StreamWriter(path, (32, 48), 25, rate=16000) as writer:
-        assert not os.path.exists(path)
+    """What was written so far is a valid mp4 before the end, beside the file of that name that was there before; in the end it takes its place."""
+    path, other, frames = tmp_path / "a.mp4", tmp_path / "a.partial.mp4", torch.rand(3, 12, 32, 48)
+    path.write_text("made before"), other.write_text("of another run")
+    with out.StreamWriter(str(path), (32, 48), 25, rate=16000) as writer:
+        meanwhile = tmp_path / "a.partial1.mp4"
+        assert writer.file == str(meanwhile) and not meanwhile.exists()
         for _ in range(6):
             writer.write(frames, np.zeros((7680, 1), np.float32))
         for _ in range(200):
-            if os.path.exists(path) and os.path.getsize(path) > 20000:
+            if meanwhile.exists() and meanwhile.stat().st_size > 20000:
                 break
             writer.write(frames[:, :1], np.zeros((640, 1), np.float32))
-        early = probe(path)
-    done = probe(path)
-    assert early.width == 48 and early.frames > 0
+        early = probe(str(meanwhile))
+        assert path.read_text() == "made before"
+    done = probe(str(path))
+    assert early.width == 48 and early.frames > 0 and not meanwhile.exists() and other.read_text() == "of another run"
     assert done.frames == writer.frames and done.fps == 25 and abs(done.audio_duration - writer.frames / 25) < 0.1
+
+
+def test_a_stream_that_ends_early_is_kept_and_takes_nothing(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_text("made before")
+    with pytest.raises(KeyboardInterrupt):
+        with out.StreamWriter(str(path), (32, 48), 25) as writer:
+            writer.write(torch.zeros(3, 12, 32, 48))
+            raise KeyboardInterrupt
+    assert path.read_text() == "made before" and probe(writer.file).frames == 12
 
 
 def test_a_reader_that_goes_is_named(tmp_path):
@@ -228,13 +277,24 @@ def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
 
 
-def test_a_file_and_a_pipe(tmp_path, capsys):
-    """A tiny checkpoint: an mp4 from a file; raw frames to a pipe from sound on another, all printed words on stderr."""
-    options, env = ["--live", "--image", FACE, "--size", "64x64", "--steps", "1", *quick()], dict(os.environ, OMP_NUM_THREADS="1")
-    assert sample.cli([*options, "--audio", VOICE, "--duration", "1", "--out", str(tmp_path / "a.mp4")]) == 0
-    assert "times real time" in capsys.readouterr().out
-    media = probe(str(tmp_path / "a.mp4"))
-    assert (media.width, media.height, media.frames, media.fps) == (64, 64, 25, 25) and abs(media.audio_duration - 1) < 0.1
+def test_a_face_that_talks(tmp_path, capsys):
+    """The tiny checkpoint with its own LoRAs: an mp4 whose mouth follows its sound, of the right person."""
+    path, folder = tmp_path / "a.mp4", HERE / "weights" / "tiny-live"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
+    assert sample.cli(["--live", "--image", FACE, "--audio", VOICE, "--duration", "2.4", "--out", str(path), "--device", "cpu"]) == 0
+    said, media, (frames, fps) = capsys.readouterr().out, probe(str(path)), metrics.read_video(path)
+    assert "times real time" in said and "a.partial.mp4 can be played" in said and "live.high.safetensors" in said and os.listdir(tmp_path) == ["a.mp4"]
+    assert (media.width, media.height, media.frames, fps) == (128, 128, 60, 25) and abs(media.audio_duration - 2.4) < 0.1
+    measured, target = metrics.measure(frames)[:, 0], metrics.target_of(path, 60, fps)[0][:, 0]
+    lag, _, now = metrics.sync(measured, target)
+    row, = over_time.rows(path, FACE, 10)
+    print(f"r {now:.3f}, lag {lag}, {row}")
+    assert lag == 0 and now > 0.85 and row["own"] < 0.5 * row["others"] and row["colour"] < 0.05 and abs(row["r"] - now) < 0.02
+
+
+def test_a_pipe():
+    """Raw frames to a pipe from sound on another, all printed words on stderr."""
+    options = [sys.executable, "sample.py", "--live", "--image", FACE, "--size", "64x64", "--steps", "1", "--audio", "-", "--raw", "--out", "-"]
     wav, _ = soundfile.read(VOICE, dtype="int16", frames=16000)
-    done = subprocess.run([sys.executable, "sample.py", *options, "--audio", "-", "--raw", "--out", "-"], cwd=HERE, env=env, input=wav.tobytes(), capture_output=True)
+    done = subprocess.run(options, cwd=HERE, env=dict(os.environ, OMP_NUM_THREADS="1"), input=wav.tobytes(), capture_output=True)
     assert done.returncode == 0 and len(done.stdout) == 25 * 64 * 64 * 3 and b"after it was heard" in done.stderr, done.stderr

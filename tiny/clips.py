@@ -40,11 +40,11 @@ def standardise(wav):
 
 
 @torch.no_grad()
-def features(encoder, wav, frames):
+def features(encoder, wav, frames, fps=FPS):
     """wav2vec2 states, one audio frame per video frame.  wav (B, samples) -> (B, states, C, frames)"""
     states = encoder(standardise(wav)).float()                       # (states, B, 50 per second, C)
     channels = states.permute(0, 2, 1, 3).flatten(2)                 # (states, 50 per second, B*C)
-    aligned, _ = align_to_fps(resample_50_to_30(channels), FPS, frames)
+    aligned, _ = align_to_fps(resample_50_to_30(channels), fps, frames)
     return aligned[..., :frames].unflatten(1, (len(wav), -1)).transpose(0, 1)
 
 

@@ -20,10 +20,12 @@ Axes    P pixel frames
 if __name__ == "__main__":
     import fast.ctrl_c  # noqa: F401
 import argparse
+import io
 import json
 import random
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+import sample
 from media.sound import RATE
 from media.video import open_writer
 from fast.probe import any_terminal, pick_device
@@ -108,10 +111,24 @@ def options(case, args):
 
 def make_video(pipeline, case, args, out):
     """-> path of the mp4"""
-    plan, path = pipeline.plan(**options(case, args)), out / f"{case.name}.mp4"
+    path = out / f"{case.name}.mp4"
+    if args.live:
+        return make_stream(pipeline, case, args, path)
+    plan = pipeline.plan(**options(case, args))
     with open_writer(path, plan) as writer:
         for frames in pipeline.generate(plan):
             writer.write(frames)
+    return path
+
+
+def make_stream(pipeline, case, args, path):
+    """The same by `sample.py --live`."""
+    given = dict(ckpt=pipeline.checkpoint.folder, audio=case.audio, image=case.image, prompt=case.prompt, seed=args.seed + int(case.name), out=path,
+                 start=case.start, duration=args.seconds, fps=args.fps, size=f"{SIZE}x{SIZE}", device=args.device)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+        code = sample.cli(["--live", *(f"--{name}={value}" for name, value in given.items())])
+    if code:
+        raise ValueError(said.getvalue().strip().splitlines()[-1])
     return path
 
 
@@ -287,6 +304,8 @@ def parser():
     p.add_argument("--tempo", type=float, default=1.0, help="with --speed: how much faster than it is the speech is made (default: 1)")
     p.add_argument("--image", nargs="+", help="with --speed: pictures in place of drawn faces (default: drawn ones)")
     p.add_argument("--solver", help="unipc, dpm++ or euler (default: the checkpoint's)")
+    p.add_argument("--live", action="store_true", help="make them as streams (docs/live.md)")
+    p.add_argument("--fps", type=float, default=25, help="of streams (default: 25)")
     p.add_argument("--seed", type=int, default=0, help="of people, sounds, captions and noise (default: 0)")
     p.add_argument("--fp8", action="store_true", help="cast the large matrices to float8 while loading")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")

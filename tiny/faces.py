@@ -261,7 +261,7 @@ SWAY, ROLL = 0.7, math.radians(0.8)      # standard deviations: pixels, radians.
 BLINK = 2.0                              # frames from open to shut; an eye is back open after twice that
 
 
-def motions(n, P, generator, device="cpu"):
+def motions(n, P, generator, device="cpu", fps=FPS):
     """(n, P, 4) float32: head sway x and y (pixels, at most about 2), roll (radians), blink 0 (open) .. 1 (shut).
 
     Each of the first three is a sum of three slow waves of 0.1-0.4 Hz, so it starts and ends anywhere; a blink comes every 2-5 s.
@@ -269,10 +269,10 @@ def motions(n, P, generator, device="cpu"):
     def uniform(lo, hi, *shape):
         return lo + (hi - lo) * torch.rand(n, *shape, generator=generator, device=generator.device).to(device)
 
-    seconds = torch.arange(P, device=device) / FPS
+    seconds = torch.arange(P, device=device) / fps
     waves = torch.sin(2 * math.pi * (uniform(0.1, 0.4, 3, 3, 1) * seconds + uniform(0, 1, 3, 3, 1))).sum(2)    # (n, 3, P), variance 3/2
     std = torch.stack([torch.full((P,), value, device=device) for value in (SWAY, SWAY, ROLL)])
-    blinks = uniform(2, 5, 3 + P // (2 * FPS)).cumsum(1) - uniform(2, 5, 1)                                    # (n, K) seconds
+    blinks = uniform(2, 5, 3 + P // (2 * fps)).cumsum(1) - uniform(2, 5, 1)                                    # (n, K) seconds
     shut = (1 - (seconds - blinks[:, :, None]).abs() * (FPS / BLINK)).clamp(0, 1).amax(1)                      # (n, P)
     shut = shut * shut * (3 - 2 * shut)
     return torch.cat([waves * std * (2 / 3) ** 0.5, shut[:, None]], dim=1).transpose(1, 2).contiguous()

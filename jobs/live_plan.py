@@ -1,0 +1,170 @@
+"""What a stream will be and take, from its options, the checkpoint's headers and the free memory; and how fast it may be, from a probe."""
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import live
+from fast.plan import MemoryPlan, RunConfig, activation_bytes, frame_size, weigh
+from fast.plan_text import size_table
+from fast.probe import GIB, free_memory
+from media.sound import RATE
+from model import PATCH, expert_index
+
+FRAMES = 4 * live.BLOCK      # pixel frames of a block
+LORAS = {"": "live.safetensors", "high=": "live.high.safetensors", "low=": "live.low.safetensors"}
+UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed")
+
+
+def options(parser):
+    """The command line's part about streams."""
+    g = parser.add_argument_group("live", "blocks of 12 frames that are written while they are made; --audio - takes 16-bit 16 kHz mono from "
+                                          "standard input, --out - writes to standard output; see docs/live.md")
+    g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar)")
+    g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
+                   "--live); a strength that the file does not name is said (default: live.safetensors in the checkpoint's folder or in that of the "
+                   "same name and -live, if there is one)")
+    g.add_argument("--rings8", action="store_true", help="remember keys and values in 8 bits: half the memory, faster attention, off by 3.6%% of "
+                   "each attention output on random inputs (GPUs with 8-bit tensor cores; default: off)")
+    g.add_argument("--fps", type=float, default=live.FPS, help=f"of a stream: {live.FPS}, as the LoRA was trained, or 16 (default: {live.FPS})")
+    g.add_argument("--window", type=int, default=live.WINDOW, help="latent frames that a block sees, itself included: a multiple of 3 (default: "
+                   f"{live.WINDOW})")
+    g.add_argument("--replace-ref", action="store_true", help="the first latent made takes the picture's place as reference after "
+                   f"{live.WINDOW} latent frames, as the original does on several GPUs (default: off, as on one)")
+    g.add_argument("--raw", action="store_true", help="write rgb24 frames without sound in place of an mp4 (default: off)")
+
+
+def with_loras(checkpoint, given):
+    """The checkpoint with the LoRAs of --lora merged, or else with its own: live.safetensors, or live.high and live.low for two experts, in its
+    folder or in the one beside it whose name ends in -live."""
+    folder = Path(checkpoint.folder).resolve()
+    own = [f"{side}{path}" for place in (folder, folder.with_name(f"{folder.name}-live")) for side, name in LORAS.items()
+           if (path := place / name).is_file()]
+    if not (given or own):
+        return checkpoint
+    from convert_weights import merge
+    return merge(checkpoint, given or own, "cpu")
+
+
+@dataclass(frozen=True)
+class LivePlan:
+    """What a stream will be and take."""
+    config: RunConfig
+    height: int
+    width: int
+    fps: float
+    window: int
+    rings8: bool
+    seconds: float | None        # of sound; None: as long as it comes
+    frames: float                # inf: as long as sound comes
+    memory: dict                 # bytes by what takes them
+    sizes: dict
+    free: object
+    fp8: bool                    # are the denoiser's large matrices float8?
+
+    @property
+    def room(self):
+        return self.free.host if self.free.device is None else self.free.device
+
+    def __str__(self):
+        o = self.config
+        sound = "standard input" if self.seconds is None else f"{self.seconds:.2f} s of {os.path.basename(o.audio)}"
+        length = "as long as sound comes" if math.isinf(self.frames) else f"{self.frames} frames = {self.frames / self.fps:.2f} s"
+        return "\n".join((
+            f"sound    {sound}",
+            f"video    live: {self.width}x{self.height}, {length}, at {self.fps:g} fps, in blocks of {FRAMES}; the mouth leads the sound by "
+            f"{live.WARM_UP} frames, {1000 * live.WARM_UP / self.fps:.0f} ms (--av-offset -{live.WARM_UP} undoes it)",
+            f"sampler  Euler, {o.steps} steps, shift {o.shift:g} twice, no guidance, seed {o.seed}",
+            f"weights  {size_table(self.sizes)}",
+            f"memory   {sum(self.memory.values()) / GIB:.2f} of {self.room / GIB:.1f} GiB: "
+            f"{', '.join(f'{name} {size / GIB:.2f}' for name, size in self.memory.items())}; the same however long the stream is"))
+
+
+def make_plan(pipeline, args):
+    """-> LivePlan, and a Speech or None.  raises ValueError for what a stream cannot use, and where it cannot fit"""
+    checkpoint, fps = pipeline.checkpoint, args.fps
+    if given := [name for name in UNUSED if getattr(args, name)]:
+        raise ValueError(f"--live has no --{given[0].replace('_', '-')}: leave it out")
+    if not checkpoint.configs["denoiser"].audio_dim:
+        raise ValueError(f"--live wants an S2V checkpoint, got {checkpoint.task}: give --ckpt Wan2.2-S2V-14B")
+    for name, value in (("--audio", args.audio), ("--image", args.image)):
+        if not value:
+            raise ValueError(f"--live wants {name}: {'a sound file, or - for standard input' if name == '--audio' else 'a picture of who speaks'}")
+    if not 1 <= fps <= 60:
+        raise ValueError(f"--fps must be 1 to 60, got {fps:g}: {live.FPS} is what the LoRA was trained for, 16 what base S2V was")
+    live.check_window(args.window)
+    if args.rings8:
+        from fast import attention8
+        if pipeline.device.type == "cpu":
+            raise ValueError("--rings8 wants a GPU with 8-bit tensor cores: leave it out on a CPU")
+        attention8.check(pipeline.device)
+    names = ("image", "prompt", "size", "enlarge", "seed", "frames", "start", "duration")
+    config = RunConfig(**pipeline.choices, audio=args.audio, steps=args.steps or live.STEPS, shift=args.shift or live.SHIFT,
+                       **{name: getattr(args, name) for name in names}).resolve(checkpoint)
+    height, width, _ = frame_size(config, "s2v", checkpoint.configs["vae"].stride[1])
+    speech, frames = None, math.inf
+    if args.audio == "-":
+        if args.start:
+            raise ValueError(f"--start {args.start:g} goes with a sound file, not with standard input: leave it out")
+        frames = math.inf if args.duration is None else math.ceil(args.duration * fps - 1e-6)
+    else:
+        from media.speech import open_speech
+        speech = open_speech(args.audio, args.start, args.duration)
+        frames = math.ceil(len(speech) / RATE * fps - 1e-6)
+    seconds = None if speech is None else len(speech) / RATE
+    fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
+    plan = LivePlan(config, height, width, fps, args.window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
+                    free_memory(pipeline.device, pipeline.vram), fp8)
+    return fitting(replace(plan, memory=memory_of(plan, checkpoint)), checkpoint), speech
+
+
+def memory_of(plan, checkpoint):
+    """Bytes on the device while a stream runs, by what takes them."""
+    config, height, width, window = plan.config, plan.height, plan.width, plan.window
+    from fast.rings8 import ring8_bytes
+    from fast.vae_plan import vae_cuts
+    cfg, vae, (H, W) = checkpoint.configs["denoiser"], checkpoint.configs["vae"], (x // checkpoint.configs["vae"].stride[1] for x in (height, width))
+    n, experts, size = H * W // math.prod(PATCH), used_experts(checkpoint, config), config.dtype.itemsize
+    dtype = config.vae_dtype or torch.float32
+    coders = checkpoint.parts["vae"].parameters * dtype.itemsize + (plan.seconds is None) * 4 * checkpoint.parts["audio"].parameters
+    return {"denoiser": sum(weigh(checkpoint.parts[name], config)(None)[0] for name in experts),
+            "rings": ring8_bytes(cfg, n, config.steps, window) if plan.rings8 else live.ring_bytes(cfg, n, config.steps, window, size),
+            "picture": len(experts) * cfg.n_layer * 6 * n * cfg.dim * size,
+            "activations": int(activation_bytes(config, cfg, live.BLOCK * n, MemoryPlan(fp8=plan.fp8))),
+            "VAE": int(coders + vae_cuts(vae, H, W, dtype)[0][1])}
+
+
+def fitting(plan, checkpoint):
+    """The plan.  raises ValueError, naming what would help, if it does not fit"""
+    if (takes := sum(plan.memory.values())) <= plan.room:
+        return plan
+    less = max(live.BLOCK, plan.window - live.BLOCK)
+    others = {"add --fp8": replace(plan, config=replace(plan.config, fp8=True), fp8=True), f"add --window {less}": replace(plan, window=less)}
+    if plan.config.device.type == "cuda":
+        others = {"add --rings8": replace(plan, rings8=True), **others}
+    helps = [option for option, other in others.items() if other != plan and sum(memory_of(other, checkpoint).values()) <= plan.room]
+    raise ValueError(f"{takes / GIB:.1f} GiB of memory are wanted, {plan.memory['rings'] / GIB:.1f} of them for rings, {plan.room / GIB:.1f} are there: "
+                     f"{[*helps, 'choose a smaller --size'][0]}")
+
+
+def experts_of_steps(checkpoint, config):
+    """The name of the denoiser that serves each step."""
+    return [checkpoint.experts[expert_index(t, checkpoint.boundary)] for t in live.schedule(config.steps, config.shift)[1].tolist()]
+
+
+def used_experts(checkpoint, config):
+    return sorted(set(experts_of_steps(checkpoint, config)))
+
+
+def expected(plan, checkpoint):
+    """Frames per second, from a probe of a second or two: four forwards and the VAE, one after the other."""
+    from fast.estimate import forward_flops, forward_seconds, rates, vae_flops, vae_rate
+    o, cfg, vae = plan.config, checkpoint.configs["denoiser"], checkpoint.configs["vae"]
+    H, W = plan.height // vae.stride[1], plan.width // vae.stride[1]
+    tokens = live.BLOCK * H * W // math.prod(PATCH)
+    keys = tokens * (plan.window + 2.5) / live.BLOCK
+    attend = rates(cfg, o, plan.fp8, tokens)[1]
+    forward = forward_seconds(cfg, o, plan.fp8, tokens, tokens) + forward_flops(cfg, tokens, tokens)[1] * (keys / tokens - 1) / attend
+    return FRAMES / (o.steps * forward + live.BLOCK * vae_flops(vae, H, W)[1] / vae_rate(vae, plan))
