@@ -41,7 +41,10 @@ class World:
         self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30))
         self.store.set(f"who/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
         self.over, self.ending, self.done, self.beats, self.speaking = False, False, threading.Event(), {}, threading.Lock()
-        signal.signal(signal.SIGTERM, self.told)                     # torchrun ends all at once when one has failed
+        signal.set_wakeup_fd(-1)                                     # else jobs/stop.py ends this process before it has named who failed
+        for which in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(which, self.told)                          # torchrun ends all at once when one has failed
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=self.watch, daemon=True).start()
 
     def told(self, *_):
