@@ -93,8 +93,8 @@ def parser():
     g.add_argument("--restart", action="store_true", help="begin anew whatever an earlier run has left in OUT.parts (default: go on there); "
                    "in a batch also make again what was made from something else, or not by this batch (default: refused)")
     g.add_argument("--keep-parts", action="store_true", help="keep that folder when all is done (default: off)")
-    g.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps of the sampler after which a run that ends early can "
-                   "go on, beside every clip (default: 10)")
+    g.add_argument("--save-every", type=int, metavar="STEPS", help="steps of the sampler after which a run that ends early can "
+                   "go on, beside every clip (default: 10, or more where saving would take over 1%% of the time)")
     g.add_argument("--size", type=size, metavar="WxH", help="with a picture a budget of pixels, in the picture's shape; without one the exact "
                    f"size (default: {own('size')})")
     g.add_argument("--enlarge", action="store_true", help="scale a picture of fewer pixels up to that size (S2V; default: off, as official)")
@@ -194,9 +194,9 @@ def make_video(pipeline, args):
     plan = plan_of(pipeline, args)
     print(plan)
     from fast.estimate import estimate_seconds, other_seconds        # here: importing `sample` does not need it
-    denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"])
+    from media.video import is_folder, open_writer
+    denoising, other = estimate_seconds(plan), other_seconds(plan, pipeline.checkpoint.configs["vae"], is_folder(args.out))
     print(f"time     about {tqdm.format_interval(round(denoising + other))} in all from here, {tqdm.format_interval(round(denoising))} of it denoising")
-    from media.video import open_writer
     stages, progress = Stages(pipeline.device), Progress(plan.clips, pipeline.device, START)
     writer = open_writer(args.out, plan, args.av_offset, pipeline.checkpoint, every=args.save_every, keep=args.keep_parts, restart=args.restart)
     try:

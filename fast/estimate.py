@@ -13,6 +13,7 @@ from model import layer_norm, modulate
 from vae import ResBlock, new_cache
 
 REACHED = {False: 0.77, True: 0.9}        # of a probe's rates, by a forward eager and compiled (H200: 0.71 to 0.80, 0.85 to 1.0)
+WRITTEN = 1.7e-8, 1.9e-7     # seconds per pixel of an mp4, of PNG files (one core of a server: 1.2 and 19 s for 70 and 100 megapixels)
 LOADED = 2.2                 # GiB of files per second, with the text encoded meanwhile (H200, files in memory: 64 GiB in 24 to 33 s)
 TILE_COST = 0.13             # of the VAE's time, for each tile after the first (H200, 4 tiles: 1.26 to 1.9 times as long)
 
@@ -138,12 +139,13 @@ def vae_rate(config, plan):
     return 1.15 * 2 * x.numel() / C * sum(p.numel() for p in block.parameters() if p.ndim == 5) / seconds
 
 
-def other_seconds(plan, vae):
-    """Of all but the denoising: loading, compiling, encoding and decoding.  vae: its VAEConfig
+def other_seconds(plan, vae, as_frames=False):
+    """Of all but the denoising: loading, compiling, encoding, decoding and writing.  vae: its VAEConfig; as_frames: as PNG files
 
     Text and sound are left out, less than 1% of a full-size video."""
     _, H, W = plan.latent_shape
     work = sum(n * flops for n, flops in zip(vae_latents(plan), vae_flops(vae, H, W)))
     ranks = math.prod(plan.config.split)
     tiles = (1 + TILE_COST * (max(plan.memory.tiles, ranks) - 1)) / ranks
-    return sum(plan.sizes.values()) / LOADED + COMPILE_SECONDS * plan.config.compile + tiles * work / vae_rate(vae, plan)
+    writing = plan.frames * plan.height * plan.width * WRITTEN[as_frames]
+    return sum(plan.sizes.values()) / LOADED + COMPILE_SECONDS * plan.config.compile + tiles * work / vae_rate(vae, plan) + writing

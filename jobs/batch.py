@@ -31,7 +31,7 @@ from fast.probe import cap_memory
 from jobs import lock, stop
 from jobs.explain import explain
 from jobs.parts import difference, made_from, safely
-from media.video import check_output
+from media.video import check_output, is_folder
 
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".ac3", ".wma", ".mka")     # no films: those are results
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -222,7 +222,7 @@ def check(job, program, pipelines, outs, inputs, summary):
     check_output(job.out)
     job.work = plan.forwards * sum(forward_flops(plan.denoiser, plan.tokens[-1], plan.video_tokens))
     if summary.rate is None:                                         # until one is done
-        summary.rate = (estimate_seconds(plan) + other_seconds(plan, job.pipeline.checkpoint.configs["vae"])) / job.work
+        summary.rate = (estimate_seconds(plan) + other_seconds(plan, job.pipeline.checkpoint.configs["vae"], is_folder(job.out))) / job.work
 
 
 def guarded(job, do):

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs import lock, stop
 
+EVERY = 10
 FREE = ("device", "compile", "resident", "size", "enlarge", "audio", "image", "pose_video", "clips", "frames", "split")      # see `made_from`
 
 
@@ -107,17 +109,18 @@ class Parts:
     """The folder of one output; `open` before use, `close` or `remove` after.
 
     path      of the output        made   from `made_from`; None: for this process alone, nothing goes on later
-    every     steps between two states of the sampler        keep   the folder when all is done        restart   begin anew whatever is there
+    every     steps between two states of the sampler; None: EVERY, or more, so that they take about a hundredth of the time at most
+    keep      the folder when all is done        restart   begin anew whatever is there
     total     clips that there will be
     """
 
-    def __init__(self, path, made=None, total=0, every=10, keep=False, restart=False):
-        if every < 1:
+    def __init__(self, path, made=None, total=0, every=None, keep=False, restart=False):
+        if every is not None and every < 1:
             raise ValueError(f"--save-every wants a number of steps from 1 on, got {every}")
         self.output, self.folder = Path(path), Path(f"{path}.parts")
         self.made, self.total, self.every, self.keep, self.restart = made, total, every, keep, restart
         self.clips, self.states, self.pending, self.partial = [], {}, {}, None      # clips and states: {"file", "sha256", ..} each
-        self.lock, self.new = None, []
+        self.lock, self.new, self.save_after = None, [], 0.0         # save_after: moment before which no state is due
 
     @property
     def done(self):
@@ -219,7 +222,8 @@ class Parts:
 
     def due(self, step):
         """Whether the sampler's state after so many steps is worth saving."""
-        return self.made is not None and (step % self.every == 0 or stop.number > 0)
+        wanted = step % self.every == 0 if self.every else step % EVERY == 0 and time.monotonic() >= self.save_after
+        return self.made is not None and (wanted or stop.number > 0)
 
     def load(self, name, **shapes):
         """{tensor name: tensor} last saved under "clip" or "steps", or None.  shapes of some   raises ValueError for what is no such file"""
@@ -238,6 +242,7 @@ class Parts:
         """"clip": what the clip after the running one begins with, which counts once that is added; "steps": of the sampler, counts now."""
         if self.made is None:
             return
+        begin = time.monotonic()
         path = self.folder / f"{name}-{self.done:04d}-{secrets.token_hex(4)}.safetensors"
         with self.errors():
             with safely(path) as temporary:
@@ -247,6 +252,7 @@ class Parts:
                 self.pending = entry
             else:
                 self.commit(self.clips, self.states | entry)
+                self.save_after = time.monotonic() + 99 * (time.monotonic() - begin)
 
     # ---- what the writer asks for
 

@@ -75,6 +75,9 @@ def test_all_parts_are_in_the_time_that_is_printed(tmp_path, monkeypatch, capsys
         plan, vae = pipeline.plan(**GIVEN | dict(clips=clips)), pipeline.checkpoint.configs["vae"]
         (encoded, decoded), (encoding, decoding) = estimate.vae_latents(plan), estimate.vae_flops(vae, 8, 8)
         other = (encoded * encoding + decoded * decoding) / 1e8 + sum(plan.sizes.values()) / estimate.LOADED
+        pixels = plan.frames * plan.height * plan.width
+        assert estimate.other_seconds(plan, vae, True) == pytest.approx(other + pixels * estimate.WRITTEN[True])
+        other += pixels * estimate.WRITTEN[False]
         assert estimate.other_seconds(plan, vae) == pytest.approx(other) and other > 1
         said.append(round(estimate.estimate_seconds(plan) + other))
         assert sample.cli(["--audio", GIVEN["audio"], "--image", GIVEN["image"], "--size", "64x64", "--steps", "1", "--clip-frames", "16",

@@ -246,6 +246,24 @@ def test_damage_is_said(tmp_path, capsys, broken, file, damage):
     parts.close()
 
 
+def test_states_take_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    """A clock by hand: saving takes 0.5 s, so none is due in the 49.5 s after it, unless a number of steps was asked for."""
+    clock = [1000.0]
+    monkeypatch.setattr("jobs.parts.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("jobs.parts.digest", lambda path: clock.__setitem__(0, clock[0] + 0.5) or "0" * 64)
+    parts, often = Parts(tmp_path / "a.mp4", dict(steps=40), 1), Parts(tmp_path / "b.mp4", dict(steps=40), 1, every=3)
+    for p in (parts, often):
+        p.open()
+    assert parts.due(10) and often.due(3) and not parts.due(3) and not often.due(10)
+    for p in (parts, often):
+        p.save("steps", dict(step=torch.tensor(10)))
+    assert not parts.due(20) and often.due(21)
+    clock[0] += 49.6
+    assert parts.due(20)
+    for p in (parts, often):
+        p.close()
+
+
 def test_what_is_safe_has_its_name_only_when_it_is_whole(tmp_path):
     with pytest.raises(Ended), safely(tmp_path / "a.bin") as path:
         path.write_bytes(b"half")
