@@ -276,9 +276,22 @@ def test_plans_say_what_is_skipped_and_what_it_holds():
         assert part in str(error.value) and "\n" not in str(error.value)
     for speed in ("easy=0.1", "forecast=1,at=hidden"):
         with pytest.raises(ValueError, match="runs on one GPU"):
-            caching.resolve(speed, SimpleNamespace(split=(2, 1)), SimpleNamespace(configs=dict(denoiser=cfg)))
+            caching.resolve(SimpleNamespace(speed=speed, steps=4, split=(2, 1)), SimpleNamespace(configs=dict(denoiser=cfg)))
     with pytest.raises(ValueError, match="wants an S2V checkpoint"):
-        caching.resolve("easy=0.1,at=audio", None, SimpleNamespace(configs=dict(denoiser=replace(cfg, audio_dim=0)), task="t2v-A14B"))
+        silent = SimpleNamespace(configs=dict(denoiser=replace(cfg, audio_dim=0)), task="t2v-A14B")
+        caching.resolve(SimpleNamespace(speed="easy=0.1,at=audio", steps=4), silent)
+
+
+def test_fewer_steps_are_those_of_the_solver():
+    """No guess and no memory, the same plan as with so many steps; of few steps none is left out."""
+    pipeline = WanS2VPipeline.from_pretrained()
+    fewer, same = pipeline.plan(**GIVEN, steps=40, speed="steps=0.3"), pipeline.plan(**GIVEN, steps=12)
+    assert replace(fewer, config=replace(fewer.config, speed=None)) == replace(same, sound=fewer.sound, free=fewer.free, memory=fewer.memory)
+    assert fewer.config.speed.velocity() is None and fewer.config.speed.nbytes(fewer.denoiser, 100) == fewer.config.speed.saved == 0
+    assert str(fewer.config.speed) == "steps=0.3: 12 of 40 steps are computed, 24 of 80 forwards of a clip"
+    assert pipeline.plan(**GIVEN, steps=8, speed="steps=0.3").config.speed is None
+    both = pipeline.plan(**GIVEN, steps=40, speed="steps=0.5,gate=0.5").config
+    assert both.steps == 20 and "20 of 40 steps are computed, 31 of 80 forwards" in str(both.speed)      # one more where an expert begins
 
 
 def test_two_halves_of_ranks_compute_both_branches_at_once():

@@ -3,8 +3,8 @@
     python -m tiny.evaluate --speed balanced draft gate=0.5 [--videos 24] [--steps 40] [--tempo 1.5] [--out out.speed]
     python -m tiny.evaluate --speed balanced draft --ckpt DIR --image a.png b.png --speech FOLDER             any S2V checkpoint
 
-Frames are kept in --out as 003.balanced.npy: what is there is not made again, so the table may grow over several runs. The first row is
-`reference`. With --image there is no drawn mouth to read: PSNR, SSIM, seam and drift remain.
+Frames and numbers are kept in --out as 003.balanced.npy and .json: what is there is not made again, so the table may grow over several runs. The
+first row is `reference`. With --image there is no drawn mouth to read: PSNR, SSIM, seam and drift remain.
 
 opening, width   correlation with what the sound asks for at lag 0: median and 10th percentile over videos; loss: reference minus this one
 lag 0            share of videos in which the best lag is 0
@@ -87,17 +87,15 @@ class Counted:
 def made(pipeline, case, args, speed, out):
     """-> frames (3, P, h, w) in [-1, 1], plan, forwards of a clip.  Made, or read from `out`
 
-    speed  reference, steps=10 (fewer steps, all computed), or as --speed of sample.py
+    speed  as --speed of sample.py
     """
-    name, _, steps = speed.partition("=")
-    how = dict(speed=None) if speed == REFERENCE else dict(steps=int(steps)) if name == "steps" else dict(speed=speed)
-    plan, path = pipeline.plan(**options(case, args) | how), out / f"{case.name}.{speed}.npy"
+    plan, path = pipeline.plan(**options(case, args) | dict(speed=speed)), out / f"{case.name}.{speed}.npy"
     if not path.exists():
         begin, counted = time.perf_counter(), plan
-        if plan.config.speed:
+        if plan.config.speed and plan.config.speed.guesses:
             counted = replace(plan, config=replace(plan.config, speed=Counted(plan.config.speed)))
         frames = torch.cat(list(pipeline.generate(counted)), dim=1)
-        if plan.config.speed:
+        if counted is not plan:
             path.with_suffix(".forwards").write_text(str(counted.config.speed.forwards))
         with safely(path) as temporary:
             np.save(temporary, ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
@@ -106,7 +104,7 @@ def made(pipeline, case, args, speed, out):
     return torch.from_numpy(np.load(path)).float() / 127.5 - 1, plan, (int(count.read_text()) if count.exists() else plan.forwards) / plan.clips
 
 
-def judge(frames, reference, case, people, args, plan):
+def judge(frames, reference, case, people, plan):
     """Numbers of one video -> dict.  people None: nobody drawn is seen"""
     n, picture = plan.config.clip_frames, metrics.fit_picture(metrics.load_image(case.image), frames.shape[2:])
     target, _ = metrics.target_of(None, frames.shape[1], plan.fps, case.audio, case.start)
@@ -163,8 +161,13 @@ def compare(args):
     for case in cases:
         reference, *_ = made(pipeline, case, args, REFERENCE, args.out)
         for speed in speeds:
-            frames, plan, forwards = made(pipeline, case, args, speed, args.out)
-            found.setdefault(speed, []).append(judge(frames, reference, case, people, args, plan) | dict(forwards=forwards))
+            path = args.out / f"{case.name}.{speed}.json"
+            if not path.exists():
+                frames, plan, forwards = made(pipeline, case, args, speed, args.out)
+                numbers = judge(frames, reference, case, people, plan) | dict(forwards=forwards)
+                with safely(path) as temporary:
+                    temporary.write_text(json.dumps(numbers))
+            found.setdefault(speed, []).append(json.loads(path.read_text()))
     rows = {}
     for speed, results in found.items():
         rows[speed] = row(results, rows.get(REFERENCE))
