@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import sample
+import tiny.speed
 from fast import caching, calibrate
 from fast.blocks import FastDenoiser
 from fast.caching import Speed, forecast_steps, forecast_weights, listed_steps, make_skips, parse
 from jobs.parts import Parts
 from sampling import Experts, denoise, guided_velocity, make_solver
 from tests.inputs import TINY, clip, random_net
+from tiny import evaluate
 from wan_s2v import WanS2VPipeline, run_sampler
 
 HERE = Path(__file__).parents[1]
@@ -319,3 +321,28 @@ def test_calibration(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="holds no magnitudes: make it again"):
             caching.calibrated(tmp_path, [2])
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+def test_ssim():
+    """Of a video with itself 1; with constants a and b the first factor alone, by the formula; less with noise."""
+    a = torch.rand(3, 2, 16, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert tiny.speed.ssim(a, a) == pytest.approx(1) and tiny.speed.ssim(a, a.flip(3)) < 0.3
+    x, y = 0.25, 0.5
+    want = (2 * x * y + 1e-4) / (x * x + y * y + 1e-4)
+    assert tiny.speed.ssim(torch.full_like(a, 2 * x - 1), torch.full_like(a, 2 * y - 1)) == pytest.approx(want, abs=1e-4)
+
+
+def test_the_table_of_given_pictures(tmp_path, capsys):
+    """One command, any picture: no lips, but PSNR against the reference; a second run makes nothing anew; bad words come before any video."""
+    options = ["--image", GIVEN["image"], "--speech", str(HERE / "samples"), "--out", str(tmp_path), "--videos", "1", "--seconds", "1.5",
+               "--clip-frames", "4", "--clips", "1", "--steps", "9", "--size", "64x64", "--tempo", "1.5"]
+    assert evaluate.main([*options, "--speed", "gate=2"]) == 2 and not list(tmp_path.glob("*.npy"))
+    assert evaluate.main([*options, "--speed", "steps=0", "gate=1"]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert list(rows) == ["reference", "steps=0", "gate=1"] and [r["forwards"] for r in rows.values()] == [18, 16, 18]
+    assert 20 < rows["steps=0"]["psnr"] < 80 < rows["gate=1"]["psnr"] and "opening" not in rows["gate=1"]
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+    assert evaluate.main([*options, "--speed", "steps=0"]) == 0
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} and "| steps=0 | 16 | 1.12 |" in capsys.readouterr().out

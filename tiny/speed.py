@@ -17,6 +17,7 @@ import json
 import random
 import time
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from media.ffmpeg import run
 from media.sound import RATE, load_audio
 from sample import open_folder
 from tiny import faces, metrics
-from tiny.evaluate import Case, judge_picture, make_cases, options, psnr, share
+from tiny.evaluate import Case, check, judge_picture, make_cases, options, psnr, share, sound_files
 from wan_s2v import WanS2VPipeline
 
 REFERENCE = "reference"
@@ -51,11 +52,10 @@ def ssim(a, b):
 
 def given_cases(args):
     """Cases of pictures that the user gives, with sounds of --speech."""
-    from tiny.evaluate import sound_files
     rng, sounds = random.Random(args.seed), sound_files(args.speech, args.seconds)
     rng.shuffle(sounds)
-    return [Case(f"{i:03d}", sounds[i % len(sounds)][0], round(rng.uniform(0, sounds[i % len(sounds)][1] - args.seconds), 2),
-                 args.image[i % len(args.image)], 0) for i in range(args.videos)]
+    return [Case(f"{i:03d}", path, round(rng.uniform(0, length - args.seconds), 2), args.image[i % len(args.image)], 0)
+            for i, (path, length) in zip(range(args.videos), cycle(sounds))]
 
 
 def hurried(case, args, out):
@@ -151,13 +151,16 @@ def table(rows):
 
 def compare(args):
     """Options of tiny.evaluate -> {speed: row}; prints the table, writes it as table.json"""
+    check(args)
     pipeline = WanS2VPipeline(open_folder(args.ckpt), device=pick_device(args.device), fp8=args.fp8)
     args.out.mkdir(parents=True, exist_ok=True)
     people = None if args.image else faces.held_out_identities(args.people, args.seed)
     long = vars(args) | dict(seconds=args.seconds * args.tempo, silent=0)          # of which the sound is made
-    cases = given_cases(args) if args.image else make_cases(type(args)(**long), people, args.out)
+    cases = given_cases(type(args)(**long)) if args.image else make_cases(type(args)(**long), people, args.out)
     cases = [hurried(case, args, args.out) for case in cases] if args.tempo != 1 else cases
     speeds, found = [REFERENCE, *(speed for speed in args.speed if speed != REFERENCE)], {}
+    for speed in speeds:
+        pipeline.plan(**options(cases[0], args) | dict(speed=speed))           # what cannot be used is refused before anything is made
     for case in cases:
         reference, *_ = made(pipeline, case, args, REFERENCE, args.out)
         for speed in speeds:
