@@ -135,11 +135,15 @@ def test_what_is_planned_is_what_is_computed():
     skips = skips_of(Speed(gate=0.25, forecast=0.75), 40, guidance=(3.0, 1.0), boundary=0.5)         # high noise: none; low noise: 3
     assert skips.begins == (0, 21) and skips.computed == (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 21, 22, 23, 24, 25, 27, 29, 32, 36)
     assert skips.branches == (1,) * 21 + (2,) + (1,) * 18 and skips.forwards == 20 and skips.stored == 10
-    net, other, velocity = Synthetic(lambda x, t, cond: x), Synthetic(lambda x, t, cond: x), skips.velocity()
-    for i in range(40):
-        t = 1000 * (1 - i / 40)
-        velocity(torch.ones(1, 2), t, net if t >= 500 else other, 1.0 if t >= 500 else 3.0, "positive", None if t >= 500 else "negative")
-    assert (len(net.calls), len(other.calls), velocity.forwards) == (10, 10, 20)
+    said = []
+    for first in (1, 3):                                             # what the first expert says leaves no trace in the second
+        net, other, velocity = Synthetic(lambda x, t, cond: first * x), Synthetic(lambda x, t, cond: 5 * x), skips.velocity()
+        for i in range(40):
+            high = 1000 * (1 - i / 40) >= 500
+            given = (net, 1.0, "positive", None) if high else (other, 3.0, "positive", "negative")
+            said.append(float(velocity(torch.ones(1, 2), 1000 * (1 - i / 40), *given)[0, 0]))
+        assert (len(net.calls), len(other.calls), velocity.forwards) == (10, 10, 20)
+    assert said[21:40] == said[61:] and max(said[:21]) < 1.1 < 2 < said[40]
     assert str(skips) == "gate=0.25,forecast=0.75: 19 of 40 steps are computed, 20 of 59 forwards of a clip"
     few = skips_of(Speed(gate=0.5, forecast=0.75), 4)
     assert few.computed == (0, 1, 2, 3) and few.forwards == 6                                    # 4 steps: gating alone is left
