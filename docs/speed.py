@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 ROWS = json.loads(Path(__file__).with_suffix(".json").read_text())
-NAMES = {"forecast=1,warm=3": "balanced", "forecast=1,warm=1": "draft"}
+NAMES = {"forecast=0.75": "balanced: forecast=0.75", "steps=0.2": "draft: steps=0.2"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 860, 400, 70, 190, 46, 56
 MOST = 6.0
 LOW = min(0.85, min(r["opening_p10"] for r in ROWS.values()) - 0.02)
@@ -17,7 +17,8 @@ def place(times, r):
 
 print(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif" font-size="13">')
 print(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>')
-print(f'<text x="{LEFT}" y="24" font-size="15" font-weight="bold">Lips against speed-up, tiny model: opening of the mouth, r with what the sound asks for</text>')
+print(f'<text x="{LEFT}" y="24" font-size="15" font-weight="bold">Lips against speed-up, tiny model: r of the mouth with '
+      'what the sound asks for</text>')
 step = 0.02 if HIGH - LOW < 0.25 else 0.1
 for k in range(int(LOW / step) + 1, int(HIGH / step) + 1):
     y = place(1, k * step)[1]
@@ -25,8 +26,8 @@ for k in range(int(LOW / step) + 1, int(HIGH / step) + 1):
 for times in range(1, int(MOST) + 1):
     x = place(times, HIGH)[0]
     print(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 22}" text-anchor="middle">{times}x</text>')
-print(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">forwards of the reference / forwards computed; ● median of 24 videos, ○ 10th '
-      f'percentile; <tspan fill="{GUESSED}">guessed steps</tspan>, <tspan fill="{FEWER}">fewer steps</tspan></text>')
+print(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">forwards of the reference / forwards computed; ● median of 24 '
+      f'videos, ○ 10th percentile; <tspan fill="{GUESSED}">guessed steps</tspan>, <tspan fill="{FEWER}">fewer steps</tspan></text>')
 for name, r in ROWS.items():
     color = EXACT if name == "reference" else FEWER if name.startswith("steps") else GUESSED
     (x, y), (_, low) = place(r["times"], r["opening"]), place(r["times"], r["opening_p10"])

@@ -1,4 +1,4 @@
-"""Steps that are guessed, not computed. All of it stands around "the velocity of this step" (sampling.guided_velocity); the model knows nothing of it.
+"""Steps that are guessed, not computed. All of it stands around the velocity of a step, `sampling.guided_velocity`; the networks know nothing of it.
 
     steps=0.3       *fewer steps*: the solver takes 12 in place of 40, at least LEAST, and all of them are computed
     gate=0.5        *gating*: after half of the steps the difference that the prompt makes is reused, one forward a step instead of two
@@ -10,8 +10,8 @@
     at=hidden       forecast, list: what comes out of the last block is stored and guessed, not the velocity; the head runs at every step
     at=audio        easy, list: what the blocks add between two audio layers is reused, the audio layers run at every step
 
-Several of them go together: --speed gate=0.5,forecast=0.75. The state belongs to one clip, one branch and one expert and dies with each of them.
-`Skips` says before a run which steps are computed; `Velocity` carries it out for one clip.
+Several of them go together: --speed gate=0.5,forecast=0.75. What each costs the lips is in docs/speed.md. The state belongs to one clip, one branch
+and one expert and dies with each of them. `Skips` says before a run which steps are computed; `Velocity` carries it out for one clip.
 
 Sources   EasyCache (arXiv 2507.02860), MagCache (2506.09045), Spectrum (2603.01623), adaptive guidance (2312.12487), SyncCache's idea of computing
           the light audio layers anew
@@ -67,7 +67,7 @@ class Speed:
         return ",".join(f"{name}={value}" if name == "at" else f"{name}={value:g}" for name, value in changed.items()) or "reference"
 
 
-PRESETS = {"reference": Speed(), "balanced": Speed(steps=0.3), "draft": Speed(steps=0.2)}
+PRESETS = {"reference": Speed(), "balanced": Speed(forecast=0.75), "draft": Speed(steps=0.2)}
 
 
 def parse(text):
@@ -82,7 +82,8 @@ def parse(text):
                 raise KeyError
             given[name] = known[name](value)
         except (KeyError, ValueError):
-            raise ValueError(f"--speed takes {', '.join(PRESETS)}, or tricks such as gate=0.5,forecast=0.75 (of {', '.join(known)}), got {text!r}") from None
+            raise ValueError(f"--speed takes {', '.join(PRESETS)}, or tricks such as gate=0.5,forecast=0.75 (of {', '.join(known)}), "
+                             f"got {text!r}") from None
     return Speed(**given)
 
 

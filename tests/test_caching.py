@@ -25,8 +25,8 @@ from wan_s2v import WanS2VPipeline, run_sampler
 
 HERE = Path(__file__).parents[1]
 GIVEN = dict(audio=str(HERE / "samples" / "voice.flac"), image=str(HERE / "samples" / "face.png"), size=(64, 64), clip_frames=4, clips=1)
-STRONG = [Speed(gate=0.5), Speed(easy=0.5), Speed(list=0.5), Speed(forecast=1.0, warm=2), Speed(forecast=1.0, warm=2, at="hidden"), Speed(list=0.5, at="hidden"),
-          Speed(easy=0.5, at="audio"), Speed(list=0.5, at="audio"), Speed(gate=0.3, forecast=2.0, warm=1)]
+STRONG = [Speed(gate=0.5), Speed(easy=0.5), Speed(list=0.5), Speed(forecast=1.0, warm=2), Speed(forecast=1.0, warm=2, at="hidden"),
+          Speed(list=0.5, at="hidden"), Speed(easy=0.5, at="audio"), Speed(list=0.5, at="audio"), Speed(gate=0.3, forecast=2.0, warm=1)]
 
 
 class Synthetic:
@@ -260,9 +260,10 @@ def test_hidden_states_give_the_velocity():
 def test_words():
     assert parse("reference") == Speed() and parse("gate=0.5,forecast=0.75") == Speed(gate=0.5, forecast=0.75)
     assert parse("list=0.04,at=audio").at == "audio" and str(parse("easy=0.1")) == "easy=0.1" and str(Speed()) == "reference"
-    for text, part in (("fast", "takes reference, balanced, draft"), ("gate=x", "got 'gate=x'"), ("gate=0.5,gate=0.5", "got"), ("gate=2", "must be 0 to 1"),
-                       ("easy=0.1,forecast=1", "one of easy, list and forecast"), ("at=hidden", "goes with list or forecast"),
-                       ("easy=0.1,at=hidden", "goes with list or forecast"), ("forecast=1,at=audio", "goes with easy or list"), ("at=x", "must be one of")):
+    for text, part in (("fast", "takes reference, balanced, draft"), ("gate=x", "got 'gate=x'"), ("gate=0.5,gate=0.5", "got"),
+                       ("gate=2", "must be 0 to 1"), ("easy=0.1,forecast=1", "one of easy, list and forecast"), ("at=hidden", "goes with list or forecast"),
+                       ("easy=0.1,at=hidden", "goes with list or forecast"), ("forecast=1,at=audio", "goes with easy or list"),
+                       ("at=x", "must be one of")):
         with pytest.raises(ValueError, match="--speed") as error:
             parse(text)
         assert part in str(error.value) and "\n" not in str(error.value)
