@@ -1,5 +1,6 @@
-"""Steps that are guessed, not computed. All of it stands around "the velocity of this step" (sampling.guided_velocity); the model knows nothing of it.
+"""Steps that are guessed, not computed. All of it stands around the velocity of a step, `sampling.guided_velocity`; the networks know nothing of it.
 
+    steps=0.3       *fewer steps*: the solver takes 12 in place of 40, at least LEAST, and all of them are computed
     gate=0.5        *gating*: after half of the steps the difference that the prompt makes is reused, one forward a step instead of two
     easy=0.05       *EasyCache*: a step is skipped while the change that is expected of the velocity since the last computed one sums up to less
     list=0.04       *step list*: what MagCache comes to. Velocities shrink along a run by factors that the schedule decides, so one calibration
@@ -9,15 +10,15 @@
     at=hidden       forecast, list: what comes out of the last block is stored and guessed, not the velocity; the head runs at every step
     at=audio        easy, list: what the blocks add between two audio layers is reused, the audio layers run at every step
 
-Several of them go together: --speed gate=0.5,forecast=0.75. The state belongs to one clip, one branch and one expert and dies with each of them.
-`Skips` says before a run which steps are computed; `Velocity` carries it out for one clip.
+Several of them go together: --speed gate=0.5,forecast=0.75. What each costs the lips is in docs/speed.md. The state belongs to one clip, one branch
+and one expert and dies with each of them. `Skips` says before a run which steps are computed; `Velocity` carries it out for one clip.
 
 Sources   EasyCache (arXiv 2507.02860), MagCache (2506.09045), Spectrum (2603.01623), adaptive guidance (2312.12487), SyncCache's idea of computing
           the light audio layers anew
 """
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from fast.blocks import FastDenoiser, attention_backend, make_chunks, make_frame
 from model import expert_index, unpatchify
 from sampling import expert_guidance, make_solver, network_errors
 
+LEAST = 8                    # steps of the solver that steps=0.3 leaves
 EASY_WARM_UP = 10            # steps that EasyCache always computes
 DEGREE, RIDGE, MIX = 4, 0.1, 0.5     # of the polynomial; its ridge; its share, the rest is the line through the last two
 LIST_START, LIST_RUN = 0.2, 2        # of a step list: share of an expert's steps that are computed first, and most steps skipped in a row
@@ -37,7 +39,8 @@ CALIBRATION = "step_magnitudes.json"     # beside a checkpoint
 @dataclass(frozen=True)
 class Speed:
     """What is skipped; each field at its default skips nothing."""
-    gate: float = 1.0            # share of the steps that compute both guidance branches
+    steps: float = 1.0           # share of the steps that the solver takes
+    gate: float = 1.0            # share of those that compute both guidance branches
     easy: float = 0.0            # allowed sum of relative changes
     list: float = 0.0            # allowed sum of errors
     forecast: float = 0.0        # by how much the distance of computed steps grows
@@ -45,7 +48,7 @@ class Speed:
     at: str = "velocity"
 
     def __post_init__(self):
-        limits = dict(gate=(0, 1), easy=(0, 1), list=(0, 1), forecast=(0, 10), warm=(1, 1000))
+        limits = dict(steps=(0, 1), gate=(0, 1), easy=(0, 1), list=(0, 1), forecast=(0, 10), warm=(1, 1000))
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--speed {name} must be {least} to {most}, got {getattr(self, name):g}")
@@ -64,7 +67,7 @@ class Speed:
         return ",".join(f"{name}={value}" if name == "at" else f"{name}={value:g}" for name, value in changed.items()) or "reference"
 
 
-PRESETS = {"reference": Speed(), "balanced": Speed(forecast=1.0, warm=3), "draft": Speed(forecast=1.0, warm=1)}
+PRESETS = {"reference": Speed(), "balanced": Speed(forecast=0.75), "draft": Speed(steps=0.2)}
 
 
 def parse(text):
@@ -79,7 +82,8 @@ def parse(text):
                 raise KeyError
             given[name] = known[name](value)
         except (KeyError, ValueError):
-            raise ValueError(f"--speed takes {', '.join(PRESETS)}, or tricks such as gate=0.5,forecast=0.75 (of {', '.join(known)}), got {text!r}") from None
+            raise ValueError(f"--speed takes {', '.join(PRESETS)}, or tricks such as gate=0.5,forecast=0.75 (of {', '.join(known)}), "
+                             f"got {text!r}") from None
     return Speed(**given)
 
 
@@ -119,10 +123,16 @@ class Skips:
     begins: tuple[int, ...]              # first step of each expert
     branches: tuple[int, ...]            # of guidance, that a step computes if it is computed
     computed: tuple[int, ...] | None     # numbers of the steps that are; None: EasyCache decides
+    full: tuple[int, int]                # steps and forwards of a clip if nothing were skipped
 
     @property
     def steps(self):
         return len(self.branches)
+
+    @property
+    def guesses(self):
+        """Whether anything is guessed: fewer steps alone are no guess."""
+        return self.speed.gate < 1 or bool(self.speed.easy or self.speed.list or self.speed.forecast)
 
     @property
     def experts(self):
@@ -143,7 +153,7 @@ class Skips:
     def stored(self):
         """How many values are held at most, of all branches."""
         if not self.speed.forecast:
-            return max(self.branches)
+            return max(self.branches) * self.guesses
         return max(sum(self.branches[i] for i in self.computed if begin <= i < end) for begin, end in self.experts)
 
     def nbytes(self, cfg, tokens):
@@ -154,41 +164,45 @@ class Skips:
     @property
     def saved(self):
         """Tensors of the latents' size in what `Velocity.state` gives, at most."""
-        return self.stored + 3 if self.speed.at == "velocity" else 0
+        return self.stored + 3 if self.guesses and self.speed.at == "velocity" else 0
 
     def velocity(self):
-        """-> Velocity for one clip"""
-        return Velocity(self)
+        """-> Velocity for one clip, None where every step is computed"""
+        return Velocity(self) if self.guesses else None
 
     def __str__(self):
-        full = sum(self.branches[begin] * (end - begin) for begin, end in self.experts)
         most = "at most " * (self.computed is None)
-        return f"{self.speed}: {most}{len(self.most)} of {self.steps} steps are computed, {self.forwards} of {full} forwards of a clip"
+        return f"{self.speed}: {most}{len(self.most)} of {self.full[0]} steps are computed, {self.forwards} of {self.full[1]} forwards of a clip"
 
 
-def resolve(text, config, checkpoint):
-    """--speed -> Skips, None if nothing is skipped.
+def resolve(config, checkpoint):
+    """RunConfig -> the same with the steps that are left, and a Skips in place of the words of its `speed`; None if nothing is skipped.
 
-    config   RunConfig with its steps, shift, solver, guidance        checkpoint  its boundary; its folder has the calibration
-    raises   ValueError: no such trick, or no calibration where a step list wants one
+    checkpoint  its boundary; its folder has the calibration
+    raises      ValueError: no such trick, or no calibration where a step list wants one
     """
-    speed = parse(text)
-    if not (speed.gate < 1 or speed.easy or speed.list or speed.forecast):
-        return None
+    speed = parse(config.speed)
+    steps = min(config.steps, max(LEAST, round(speed.steps * config.steps)))
     if speed.at == "audio" and not checkpoint.configs["denoiser"].audio_dim:
         raise ValueError(f"--speed at=audio wants an S2V checkpoint, got {checkpoint.task}, which has no audio layers: leave it out")
     if math.prod(config.split) > 1 and (speed.easy or speed.at != "velocity"):
         raise ValueError(f"--speed {speed} runs on one GPU: on several take gate, list or forecast, at=velocity")
-    timesteps = make_solver(config.solver, config.steps, config.shift).timesteps.tolist()
+    all_steps, timesteps = (make_solver(config.solver, n, config.shift).timesteps.tolist() for n in (config.steps, steps))
     factors = calibrated(checkpoint.folder, timesteps) if speed.list else None
-    return make_skips(speed, timesteps, checkpoint.boundary, config.guidance, factors)
+    skips = make_skips(speed, timesteps, checkpoint.boundary, config.guidance, factors, all_steps)
+    return replace(config, steps=steps, speed=skips if skips.guesses or steps < config.steps else None)
 
 
-def make_skips(speed, timesteps, boundary=None, guidance=(1.0,), factors=None):
-    """-> Skips.  timesteps [t, ...], boundary of the experts or None, guidance as `expert_guidance`, factors of all steps for a step list"""
+def make_skips(speed, timesteps, boundary=None, guidance=(1.0,), factors=None, all_steps=None):
+    """-> Skips
+
+    timesteps  [t, ...] of the solver's steps        boundary  of the experts, or None        guidance  as `expert_guidance`
+    factors    of these steps, for a step list       all_steps [t, ...] of the reference, None: the same
+    """
     steps, experts = len(timesteps), [expert_index(t, boundary) for t in timesteps]
     begins = [i for i in range(steps) if i == 0 or experts[i] != experts[i - 1]]
     guided = [expert_guidance(guidance, index) > 1 for index in experts]
+    full = [1 + (expert_guidance(guidance, expert_index(t, boundary)) > 1) for t in all_steps or timesteps]
     branches = [1 + (guided[i] and (i < math.floor(speed.gate * steps) or i in begins)) for i in range(steps)]
     computed = []
     for begin, end in zip(begins, [*begins[1:], steps]):
@@ -199,7 +213,7 @@ def make_skips(speed, timesteps, boundary=None, guidance=(1.0,), factors=None):
         else:
             own = range(end - begin)
         computed += [begin + i for i in own]
-    return Skips(speed, tuple(begins), tuple(branches), None if speed.easy else tuple(computed))
+    return Skips(speed, tuple(begins), tuple(branches), None if speed.easy else tuple(computed), (len(full), sum(full)))
 
 
 class EasyCache:

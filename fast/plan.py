@@ -96,7 +96,7 @@ class RunConfig:
         if o.speed is None:
             return o
         from fast.caching import resolve                             # here: the reference does without
-        return replace(o, speed=resolve(o.speed, o, checkpoint))
+        return resolve(o, checkpoint)
 
 
 @dataclass(frozen=True)

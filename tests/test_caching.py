@@ -13,18 +13,20 @@ import pytest
 import torch
 
 import sample
+import tiny.speed
 from fast import caching, calibrate
 from fast.blocks import FastDenoiser
 from fast.caching import Speed, forecast_steps, forecast_weights, listed_steps, make_skips, parse
 from jobs.parts import Parts
 from sampling import Experts, denoise, guided_velocity, make_solver
 from tests.inputs import TINY, clip, random_net
+from tiny import evaluate
 from wan_s2v import WanS2VPipeline, run_sampler
 
 HERE = Path(__file__).parents[1]
 GIVEN = dict(audio=str(HERE / "samples" / "voice.flac"), image=str(HERE / "samples" / "face.png"), size=(64, 64), clip_frames=4, clips=1)
-STRONG = [Speed(gate=0.5), Speed(easy=0.5), Speed(list=0.5), Speed(forecast=1.0, warm=2), Speed(forecast=1.0, warm=2, at="hidden"), Speed(list=0.5, at="hidden"),
-          Speed(easy=0.5, at="audio"), Speed(list=0.5, at="audio"), Speed(gate=0.3, forecast=2.0, warm=1)]
+STRONG = [Speed(gate=0.5), Speed(easy=0.5), Speed(list=0.5), Speed(forecast=1.0, warm=2), Speed(forecast=1.0, warm=2, at="hidden"),
+          Speed(list=0.5, at="hidden"), Speed(easy=0.5, at="audio"), Speed(list=0.5, at="audio"), Speed(gate=0.3, forecast=2.0, warm=1)]
 
 
 class Synthetic:
@@ -133,11 +135,15 @@ def test_what_is_planned_is_what_is_computed():
     skips = skips_of(Speed(gate=0.25, forecast=0.75), 40, guidance=(3.0, 1.0), boundary=0.5)         # high noise: none; low noise: 3
     assert skips.begins == (0, 21) and skips.computed == (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 21, 22, 23, 24, 25, 27, 29, 32, 36)
     assert skips.branches == (1,) * 21 + (2,) + (1,) * 18 and skips.forwards == 20 and skips.stored == 10
-    net, other, velocity = Synthetic(lambda x, t, cond: x), Synthetic(lambda x, t, cond: x), skips.velocity()
-    for i in range(40):
-        t = 1000 * (1 - i / 40)
-        velocity(torch.ones(1, 2), t, net if t >= 500 else other, 1.0 if t >= 500 else 3.0, "positive", None if t >= 500 else "negative")
-    assert (len(net.calls), len(other.calls), velocity.forwards) == (10, 10, 20)
+    said = []
+    for first in (1, 3):                                             # what the first expert says leaves no trace in the second
+        net, other, velocity = Synthetic(lambda x, t, cond: first * x), Synthetic(lambda x, t, cond: 5 * x), skips.velocity()
+        for i in range(40):
+            high = 1000 * (1 - i / 40) >= 500
+            given = (net, 1.0, "positive", None) if high else (other, 3.0, "positive", "negative")
+            said.append(float(velocity(torch.ones(1, 2), 1000 * (1 - i / 40), *given)[0, 0]))
+        assert (len(net.calls), len(other.calls), velocity.forwards) == (10, 10, 20)
+    assert said[21:40] == said[61:] and max(said[:21]) < 1.1 < 2 < said[40]
     assert str(skips) == "gate=0.25,forecast=0.75: 19 of 40 steps are computed, 20 of 59 forwards of a clip"
     few = skips_of(Speed(gate=0.5, forecast=0.75), 4)
     assert few.computed == (0, 1, 2, 3) and few.forwards == 6                                    # 4 steps: gating alone is left
@@ -254,9 +260,10 @@ def test_hidden_states_give_the_velocity():
 def test_words():
     assert parse("reference") == Speed() and parse("gate=0.5,forecast=0.75") == Speed(gate=0.5, forecast=0.75)
     assert parse("list=0.04,at=audio").at == "audio" and str(parse("easy=0.1")) == "easy=0.1" and str(Speed()) == "reference"
-    for text, part in (("fast", "takes reference, balanced, draft"), ("gate=x", "got 'gate=x'"), ("gate=0.5,gate=0.5", "got"), ("gate=2", "must be 0 to 1"),
-                       ("easy=0.1,forecast=1", "one of easy, list and forecast"), ("at=hidden", "goes with list or forecast"),
-                       ("easy=0.1,at=hidden", "goes with list or forecast"), ("forecast=1,at=audio", "goes with easy or list"), ("at=x", "must be one of")):
+    for text, part in (("fast", "takes reference, balanced, draft"), ("gate=x", "got 'gate=x'"), ("gate=0.5,gate=0.5", "got"),
+                       ("gate=2", "must be 0 to 1"), ("easy=0.1,forecast=1", "one of easy, list and forecast"), ("at=hidden", "goes with list or forecast"),
+                       ("easy=0.1,at=hidden", "goes with list or forecast"), ("forecast=1,at=audio", "goes with easy or list"),
+                       ("at=x", "must be one of")):
         with pytest.raises(ValueError, match="--speed") as error:
             parse(text)
         assert part in str(error.value) and "\n" not in str(error.value)
@@ -276,9 +283,22 @@ def test_plans_say_what_is_skipped_and_what_it_holds():
         assert part in str(error.value) and "\n" not in str(error.value)
     for speed in ("easy=0.1", "forecast=1,at=hidden"):
         with pytest.raises(ValueError, match="runs on one GPU"):
-            caching.resolve(speed, SimpleNamespace(split=(2, 1)), SimpleNamespace(configs=dict(denoiser=cfg)))
+            caching.resolve(SimpleNamespace(speed=speed, steps=4, split=(2, 1)), SimpleNamespace(configs=dict(denoiser=cfg)))
     with pytest.raises(ValueError, match="wants an S2V checkpoint"):
-        caching.resolve("easy=0.1,at=audio", None, SimpleNamespace(configs=dict(denoiser=replace(cfg, audio_dim=0)), task="t2v-A14B"))
+        silent = SimpleNamespace(configs=dict(denoiser=replace(cfg, audio_dim=0)), task="t2v-A14B")
+        caching.resolve(SimpleNamespace(speed="easy=0.1,at=audio", steps=4), silent)
+
+
+def test_fewer_steps_are_those_of_the_solver():
+    """No guess and no memory, the same plan as with so many steps; of few steps none is left out."""
+    pipeline = WanS2VPipeline.from_pretrained()
+    fewer, same = pipeline.plan(**GIVEN, steps=40, speed="steps=0.3"), pipeline.plan(**GIVEN, steps=12)
+    assert replace(fewer, config=replace(fewer.config, speed=None)) == replace(same, sound=fewer.sound, free=fewer.free, memory=fewer.memory)
+    assert fewer.config.speed.velocity() is None and fewer.config.speed.nbytes(fewer.denoiser, 100) == fewer.config.speed.saved == 0
+    assert str(fewer.config.speed) == "steps=0.3: 12 of 40 steps are computed, 24 of 80 forwards of a clip"
+    assert pipeline.plan(**GIVEN, steps=8, speed="steps=0.3").config.speed is None
+    both = pipeline.plan(**GIVEN, steps=40, speed="steps=0.5,gate=0.5").config
+    assert both.steps == 20 and "20 of 40 steps are computed, 31 of 80 forwards" in str(both.speed)      # one more where an expert begins
 
 
 def test_two_halves_of_ranks_compute_both_branches_at_once():
@@ -306,3 +326,28 @@ def test_calibration(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="holds no magnitudes: make it again"):
             caching.calibrated(tmp_path, [2])
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+def test_ssim():
+    """Of a video with itself 1; with constants a and b the first factor alone, by the formula; less with noise."""
+    a = torch.rand(3, 2, 16, 20, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert tiny.speed.ssim(a, a) == pytest.approx(1) and tiny.speed.ssim(a, a.flip(3)) < 0.3
+    x, y = 0.25, 0.5
+    want = (2 * x * y + 1e-4) / (x * x + y * y + 1e-4)
+    assert tiny.speed.ssim(torch.full_like(a, 2 * x - 1), torch.full_like(a, 2 * y - 1)) == pytest.approx(want, abs=1e-4)
+
+
+def test_the_table_of_given_pictures(tmp_path, capsys):
+    """One command, any picture: no lips, but PSNR against the reference; a second run makes nothing anew; bad words come before any video."""
+    options = ["--image", GIVEN["image"], "--speech", str(HERE / "samples"), "--out", str(tmp_path), "--videos", "1", "--seconds", "1.5",
+               "--clip-frames", "4", "--clips", "1", "--steps", "9", "--size", "64x64", "--tempo", "1.5"]
+    assert evaluate.main([*options, "--speed", "gate=2"]) == 2 and not list(tmp_path.glob("*.npy"))
+    assert evaluate.main([*options, "--speed", "steps=0", "gate=1"]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert list(rows) == ["reference", "steps=0", "gate=1"] and [r["forwards"] for r in rows.values()] == [18, 16, 18]
+    assert 20 < rows["steps=0"]["psnr"] < 80 < rows["gate=1"]["psnr"] and "opening" not in rows["gate=1"]
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")}
+    assert evaluate.main([*options, "--speed", "steps=0"]) == 0
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.npy")} and "| steps=0 | 16 | 1.12 |" in capsys.readouterr().out

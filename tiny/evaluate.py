@@ -39,7 +39,7 @@ import sample
 from media.sound import RATE
 from media.video import open_writer
 from fast.probe import any_terminal, pick_device
-from sample import numbers, open_folder
+from sample import numbers, open_folder, size
 from tiny import faces, metrics
 from tiny.faces import BACKGROUND, COLUMN, HAIR, MOODS, SIZE
 from wan_s2v import WanS2VPipeline
@@ -104,7 +104,7 @@ def make_cases(args, people, out):
 
 
 def options(case, args):
-    return dict(audio=case.audio, image=case.image, prompt=case.prompt, size=(SIZE, SIZE), steps=args.steps, shift=args.shift,
+    return dict(audio=case.audio, image=case.image, prompt=case.prompt, size=args.size, steps=args.steps, shift=args.shift,
                 guidance=args.guidance, solver=args.solver, seed=args.seed + int(case.name), clips=args.clips,
                 clip_frames=args.clip_frames, start=case.start, duration=args.seconds)
 
@@ -303,6 +303,7 @@ def parser():
     p.add_argument("--speed", nargs="+", help="compare ways to skip steps with the reference, see tiny/speed.py (default: off)")
     p.add_argument("--tempo", type=float, default=1.0, help="with --speed: how much faster than it is the speech is made (default: 1)")
     p.add_argument("--image", nargs="+", help="with --speed: pictures in place of drawn faces (default: drawn ones)")
+    p.add_argument("--size", type=size, default=(SIZE, SIZE), metavar="WxH", help=f"(default: {SIZE}x{SIZE}, which the measures of lips know)")
     p.add_argument("--solver", help="unipc, dpm++ or euler (default: the checkpoint's)")
     p.add_argument("--live", action="store_true", help="make them as streams (docs/live.md)")
     p.add_argument("--fps", type=float, default=25, help="of streams (default: 25)")
@@ -312,11 +313,20 @@ def parser():
     return p
 
 
+def check(args):
+    """raises ValueError for options that cannot be used"""
+    if min(args.videos, args.people) < 1 or args.silent < 0 or args.seconds < 1.5:
+        raise ValueError(f"wanted 1 or more videos and people and 1.5 s or more, got {args.videos}, {args.people}, {args.seconds:g} s")
+    if not 0.5 <= args.tempo <= 3:
+        raise ValueError(f"--tempo must be 0.5 to 3, got {args.tempo:g}")
+    if not args.speed and (args.image or args.tempo != 1):
+        raise ValueError("--image and --tempo go with --speed")
+
+
 def evaluate(args):
     """Options of `parser` -> dict of numbers. Prints as it goes.  raises ValueError for options that cannot be used"""
     begin = time.perf_counter()
-    if min(args.videos, args.people) < 1 or args.silent < 0 or args.seconds < 1.5:
-        raise ValueError(f"wanted 1 or more videos and people and 1.5 s or more, got {args.videos}, {args.people}, {args.seconds:g} s")
+    check(args)
     device = pick_device(args.device)
     pipeline = WanS2VPipeline(open_folder(args.ckpt), device=device, fp8=args.fp8)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -306,7 +306,7 @@ def main(argv=None):
         if args.ours and not (args.tiny and not args.set):
             raise ValueError("--ours goes with --tiny and without --set: write the official layout, then convert it")
         if args.ours:
-            convert.new_folder(args.target, 2**25, partial(write_tiny, args.task))
+            convert.new_folder(args.target, 2**25, partial(write_tiny, {task: name for name, task in reversed(TINY.items())}[args.task]))
         else:
             configs = changed((tiny if args.tiny else released)(args.task), args.set)
             official(args.task, args.target, configs, torch.float32 if args.dtype == "fp32" else torch.bfloat16)

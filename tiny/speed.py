@@ -3,8 +3,8 @@
     python -m tiny.evaluate --speed balanced draft gate=0.5 [--videos 24] [--steps 40] [--tempo 1.5] [--out out.speed]
     python -m tiny.evaluate --speed balanced draft --ckpt DIR --image a.png b.png --speech FOLDER             any S2V checkpoint
 
-Frames are kept in --out as 003.balanced.npy: what is there is not made again, so the table may grow over several runs. The first row is
-`reference`. With --image there is no drawn mouth to read: PSNR, SSIM, seam and drift remain.
+Frames and numbers are kept in --out as 003.balanced.npy and .json: what is there is not made again, so the table may grow over several runs. The
+first row is `reference`. With --image there is no drawn mouth to read: PSNR, SSIM, seam and drift remain.
 
 opening, width   correlation with what the sound asks for at lag 0: median and 10th percentile over videos; loss: reference minus this one
 lag 0            share of videos in which the best lag is 0
@@ -17,6 +17,7 @@ import json
 import random
 import time
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from media.ffmpeg import run
 from media.sound import RATE, load_audio
 from sample import open_folder
 from tiny import faces, metrics
-from tiny.evaluate import Case, judge_picture, make_cases, options, psnr, share
+from tiny.evaluate import Case, check, judge_picture, make_cases, options, psnr, share, sound_files
 from wan_s2v import WanS2VPipeline
 
 REFERENCE = "reference"
@@ -51,11 +52,10 @@ def ssim(a, b):
 
 def given_cases(args):
     """Cases of pictures that the user gives, with sounds of --speech."""
-    from tiny.evaluate import sound_files
     rng, sounds = random.Random(args.seed), sound_files(args.speech, args.seconds)
     rng.shuffle(sounds)
-    return [Case(f"{i:03d}", sounds[i % len(sounds)][0], round(rng.uniform(0, sounds[i % len(sounds)][1] - args.seconds), 2),
-                 args.image[i % len(args.image)], 0) for i in range(args.videos)]
+    return [Case(f"{i:03d}", path, round(rng.uniform(0, length - args.seconds), 2), args.image[i % len(args.image)], 0)
+            for i, (path, length) in zip(range(args.videos), cycle(sounds))]
 
 
 def hurried(case, args, out):
@@ -87,17 +87,15 @@ class Counted:
 def made(pipeline, case, args, speed, out):
     """-> frames (3, P, h, w) in [-1, 1], plan, forwards of a clip.  Made, or read from `out`
 
-    speed  reference, steps=10 (fewer steps, all computed), or as --speed of sample.py
+    speed  as --speed of sample.py
     """
-    name, _, steps = speed.partition("=")
-    how = dict(speed=None) if speed == REFERENCE else dict(steps=int(steps)) if name == "steps" else dict(speed=speed)
-    plan, path = pipeline.plan(**options(case, args) | how), out / f"{case.name}.{speed}.npy"
+    plan, path = pipeline.plan(**options(case, args) | dict(speed=speed)), out / f"{case.name}.{speed}.npy"
     if not path.exists():
         begin, counted = time.perf_counter(), plan
-        if plan.config.speed:
+        if plan.config.speed and plan.config.speed.guesses:
             counted = replace(plan, config=replace(plan.config, speed=Counted(plan.config.speed)))
         frames = torch.cat(list(pipeline.generate(counted)), dim=1)
-        if plan.config.speed:
+        if counted is not plan:
             path.with_suffix(".forwards").write_text(str(counted.config.speed.forwards))
         with safely(path) as temporary:
             np.save(temporary, ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
@@ -106,7 +104,7 @@ def made(pipeline, case, args, speed, out):
     return torch.from_numpy(np.load(path)).float() / 127.5 - 1, plan, (int(count.read_text()) if count.exists() else plan.forwards) / plan.clips
 
 
-def judge(frames, reference, case, people, args, plan):
+def judge(frames, reference, case, people, plan):
     """Numbers of one video -> dict.  people None: nobody drawn is seen"""
     n, picture = plan.config.clip_frames, metrics.fit_picture(metrics.load_image(case.image), frames.shape[2:])
     target, _ = metrics.target_of(None, frames.shape[1], plan.fps, case.audio, case.start)
@@ -153,18 +151,26 @@ def table(rows):
 
 def compare(args):
     """Options of tiny.evaluate -> {speed: row}; prints the table, writes it as table.json"""
+    check(args)
     pipeline = WanS2VPipeline(open_folder(args.ckpt), device=pick_device(args.device), fp8=args.fp8)
     args.out.mkdir(parents=True, exist_ok=True)
     people = None if args.image else faces.held_out_identities(args.people, args.seed)
     long = vars(args) | dict(seconds=args.seconds * args.tempo, silent=0)          # of which the sound is made
-    cases = given_cases(args) if args.image else make_cases(type(args)(**long), people, args.out)
+    cases = given_cases(type(args)(**long)) if args.image else make_cases(type(args)(**long), people, args.out)
     cases = [hurried(case, args, args.out) for case in cases] if args.tempo != 1 else cases
     speeds, found = [REFERENCE, *(speed for speed in args.speed if speed != REFERENCE)], {}
+    for speed in speeds:
+        pipeline.plan(**options(cases[0], args) | dict(speed=speed))           # what cannot be used is refused before anything is made
     for case in cases:
         reference, *_ = made(pipeline, case, args, REFERENCE, args.out)
         for speed in speeds:
-            frames, plan, forwards = made(pipeline, case, args, speed, args.out)
-            found.setdefault(speed, []).append(judge(frames, reference, case, people, args, plan) | dict(forwards=forwards))
+            path = args.out / f"{case.name}.{speed}.json"
+            if not path.exists():
+                frames, plan, forwards = made(pipeline, case, args, speed, args.out)
+                numbers = judge(frames, reference, case, people, plan) | dict(forwards=forwards)
+                with safely(path) as temporary:
+                    temporary.write_text(json.dumps(numbers))
+            found.setdefault(speed, []).append(json.loads(path.read_text()))
     rows = {}
     for speed, results in found.items():
         rows[speed] = row(results, rows.get(REFERENCE))
