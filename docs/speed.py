@@ -34,5 +34,6 @@ for name, r in ROWS.items():
     bold = ' font-weight="bold"' if name in NAMES or name == "reference" else ""
     print(f'<path d="M{x:.1f} {y:.1f}V{low:.1f}" stroke="{color}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>')
     print(f'<circle cx="{x:.1f}" cy="{low:.1f}" r="4" fill="white" stroke="{color}" stroke-width="1.5"/>')
-    print(f'<text x="{x + 8:.1f}" y="{y - 5:.1f}" fill="{color}"{bold}>{NAMES.get(name, name)}</text>')
+    y += 16 if color == FEWER else -5                                # two that are alike lie on each other
+    print(f'<text x="{x + 8:.1f}" y="{y:.1f}" fill="{color}"{bold}>{NAMES.get(name, name)}</text>')
 print("</svg>")
