@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,14 +23,17 @@ import sample
 from audio import AudioConfig, Wav2Vec2, audio_features
 from fast.listening import Listening
 from formats import checkpoints, lora, names
+from fast.plan import RunConfig
+from fast.probe import Memory
 from jobs import live as program
+from jobs import live_plan
 from media import stream as out
 from fast.blocks import FastDenoiser
 from fast.rings import GPURing
 from media.ffmpeg import probe
 from model import Config, Denoiser, rope_table
 from test_parity import GOLDEN, entries
-from tiny import metrics, over_time, streams
+from tiny import metrics, over_time, random_weights, streams
 from vae import VAE, VAEConfig
 
 HERE = Path(__file__).parents[1]
@@ -275,6 +279,27 @@ def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert sample.cli(["--live", "--size", "64x64", "--out", str(tmp_path / "a.mp4"), *given]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
+
+
+def test_what_cannot_fit_is_refused_with_what_helps():
+    """The released network at 704x384, by arithmetic."""
+    half = torch.bfloat16
+    checkpoint = random_weights.random_checkpoint("s2v-14B", random_weights.released("s2v-14B"), dict.fromkeys(("denoiser", "text", "vae", "audio"), half),
+                                                  Path("tokenizer.json"))
+    config = RunConfig(device=torch.device("cuda"), dtype=half, vae_dtype=torch.float16, steps=4, shift=3.0, fp8=True, compile=True)
+    plan = live_plan.LivePlan(config, 384, 704, 25, 12, False, None, float("inf"), {}, checkpoint.sizes(), None, True)
+
+    def fits(gib, **changes):
+        changed = replace(plan, free=Memory(gib * 2 ** 30, 2 ** 40, 2 ** 40), **changes)
+        return live_plan.fitting(replace(changed, memory=live_plan.memory_of(changed, checkpoint)), checkpoint)
+    memory = {name: size / 2 ** 30 for name, size in fits(140).memory.items()}
+    print(memory, sum(memory.values()))
+    assert memory["rings"] == pytest.approx(46.7, abs=0.1) and memory["denoiser"] == pytest.approx(15.8, abs=1) and 60 < sum(memory.values()) < 75
+    assert sum(fits(140, rings8=True).memory.values()) < 60e9
+    for gib, changes, helps in ((60, {}, "add --rings8"), (60, dict(config=replace(config, fp8=False), fp8=False, rings8=True), "add --fp8"),
+                                (45, dict(rings8=True), "add --window 9"), (20, {}, "choose a smaller --size")):
+        with pytest.raises(ValueError, match=helps):
+            fits(gib, **changes)
 
 
 def test_a_face_that_talks(tmp_path, capsys):
