@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import live
 import sample
+import train
 from audio import AudioConfig, Wav2Vec2, audio_features
 from fast.listening import Listening
 from formats import checkpoints, lora, names
@@ -150,6 +151,22 @@ def test_teacher_forcing_is_the_ring(parts):
     gaps = [((got[:, :, 3 * b:3 * b + 3] - wanted[b]).norm() / wanted[b].norm()).item() for b in range(blocks)]
     print(gaps)
     assert max(gaps) < 1e-5
+
+
+def test_training_by_it_writes_loras(tmp_path, monkeypatch):
+    """`train.py live` on made-up stretches: two steps, one per expert, and files that merge."""
+    def drawn(nets, sound, tokens, n, g):
+        T = 3 * streams.BLOCKS
+        latents, ref, still = (torch.randn(n, 16, frames, 16, 16, generator=g) for frames in (T, 1, 1))
+        return streams.Stretches(latents, ref, still, torch.randn(n, 5, 64, 4 * T, generator=g), torch.ones(n, 1, T, 16, 16), tokens([""] * n))
+    monkeypatch.setattr(streams, "drawn_stretches", drawn)
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000, np.int16), 16000)
+    assert train.main(["live", *f"--speech {tmp_path} --out {tmp_path} --to {tmp_path}/live --steps 2 --batch 1 --pool 2 --fresh 1 --lora 2 "
+                       "--warmup 1 --device cpu".split()]) == 0
+    source = checkpoints.open_checkpoint(HERE / "weights" / "tiny")
+    merged = live_plan.with_loras(source, [f"{side}={tmp_path}/live.{side}.safetensors" for side in ("high", "low")])
+    name = "blocks.0.self_attn.q.weight_scale"                       # float8 is cast anew
+    assert all(not torch.equal(*(c.parts[expert].tensors[name].read() for c in (source, merged))) for expert in source.experts)
 
 
 def test_lora_keys(tmp_path):
