@@ -8,6 +8,7 @@ what `live.Stream` computes block by block from the same latents: tests/test_liv
 
 Axes    B batch   T latent frames of the stretch   H W latent size   n tokens of a latent frame   K heads   D head width   S text tokens
 """
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -115,7 +116,7 @@ def live_stage(o, source, device):
     Latents come to a step as the steps before it have left them, made from noise by the network as it is. All blocks of a stretch take them at
     once, for the ring of a step holds what that step saw; so what is trained is what a stream will do, its own mistakes included.
     """
-    experts = load_experts(source, o, device).to(device)
+    experts = load_experts(source, Namespace(**vars(o) | dict(expert="both")), device).to(device)         # all make what one learns from
     cfg, (sigmas, timesteps) = source.configs["denoiser"], schedule(o.levels)
     nets = {kind: source.load(kind, device, torch.float32) for kind in ("vae", "audio", "text")}
     sound, tokenizer = speech.load_folder(o.speech, device), Tokenizer(source.tokenizer, cfg.text_len)
