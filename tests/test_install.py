@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parents[1]
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "golden", "docs", "data", "runs", "build", "tiny-*", "__pycache__")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "golden", "docs", "data", "runs", "build", "tiny-*2v", "__pycache__")
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])
@@ -33,6 +33,7 @@ def test_installed_and_used_from_another_folder(tmp_path, editable):
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "site"], cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / ("source" if editable else "site") / "weights" / "tiny")] * 2
+    assert len(list((Path(done.stdout.split()[0]).parent / "tiny-live").glob("live.*.safetensors"))) == 2
 
 
 def test_every_module_is_installed():
@@ -40,7 +41,7 @@ def test_every_module_is_installed():
     listed = tomllib.loads((HERE / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(listed["py-modules"]) == {path.stem for path in HERE.glob("*.py")} - {"conftest", "test_parity"}
     folders = {path.parent.name for path in HERE.glob("*/*.py")} - {"tests", "docs", "build"}
-    assert set(listed["packages"]) == folders | {"weights.tiny"}
+    assert set(listed["packages"]) == folders | {"weights.tiny", "weights.tiny-live"}
 
 
 def test_every_package_is_locked_with_its_hashes():
