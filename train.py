@@ -355,7 +355,8 @@ def parse(argv=None):
     v.add_argument("--pool", type=positive, default=128, help="stretches kept ready")
     v.add_argument("--fresh", type=positive, default=8, help="stretches that are replaced at once")
     v.add_argument("--every", type=positive, default=8, help="steps between two replacements")
-    v.set_defaults(run=live, expert="both", recompute=False)
+    v.add_argument("--expert", choices=("both", "high", "low"), default="both", help="which learns")
+    v.set_defaults(run=live, recompute=False)
     for command, what in ((p, "both: all noise levels; high or low: from there, this side of the boundary"), (t, "which to tune")):
         command.add_argument("--expert", choices=("both", "high", "low"), default="both", help=what)
         command.add_argument("--drop", type=share, default=0.1, help="share of clips without sound and caption, for guidance")

@@ -132,7 +132,7 @@ def memory_of(plan, checkpoint):
     return {"denoiser": sum(weigh(checkpoint.parts[name], config)(None)[0] for name in experts),
             "rings": ring8_bytes(cfg, n, config.steps, window) if plan.rings8 else live.ring_bytes(cfg, n, config.steps, window, size),
             "picture": len(experts) * cfg.n_layer * 6 * n * cfg.dim * size,
-            "activations": int(activation_bytes(config, cfg, live.BLOCK * n, MemoryPlan(fp8=plan.fp8))),
+            "activations": int(activation_bytes(replace(config, guidance=(1.0,)), cfg, live.BLOCK * n, MemoryPlan(fp8=plan.fp8))),
             "VAE": int(coders + vae_cuts(vae, H, W, dtype)[0][1])}
 
 

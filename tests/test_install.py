@@ -33,6 +33,7 @@ def test_installed_and_used_from_another_folder(tmp_path, editable):
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "site"], cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / ("source" if editable else "site") / "weights" / "tiny")] * 2
+    assert len(list((Path(done.stdout.split()[0]).parent / "tiny-live").glob("live.*.safetensors"))) == 2
 
 
 def test_every_module_is_installed():

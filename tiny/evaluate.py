@@ -124,9 +124,9 @@ def make_video(pipeline, case, args, out):
 def make_stream(pipeline, case, args, path):
     """The same by `sample.py --live`."""
     given = dict(ckpt=pipeline.checkpoint.folder, audio=case.audio, image=case.image, prompt=case.prompt, seed=args.seed + int(case.name), out=path,
-                 start=case.start, duration=args.seconds, fps=args.fps, size=f"{SIZE}x{SIZE}", device=args.device)
+                 start=case.start, duration=args.seconds, fps=args.fps, size=f"{SIZE}x{SIZE}", device=args.device, steps=args.steps, shift=args.shift)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-        code = sample.cli(["--live", *(f"--{name}={value}" for name, value in given.items())])
+        code = sample.cli(["--live", *(f"--{name}={value}" for name, value in given.items() if value is not None)])
     if code:
         raise ValueError(said.getvalue().strip().splitlines()[-1])
     return path

@@ -8,6 +8,7 @@ what `live.Stream` computes block by block from the same latents: tests/test_liv
 
 Axes    B batch   T latent frames of the stretch   H W latent size   n tokens of a latent frame   K heads   D head width   S text tokens
 """
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import nn
 from formats import checkpoints, lora
 from live import AHEAD, BLOCK, FPS, LEAD_LATENTS, WARM_UP, WINDOW, rotate, rounded, schedule
 from media.sound import RATE
-from model import PATCH, REF_TIME, LayerCond, attention, grid_positions, rope_table, token_positions
+from model import PATCH, REF_TIME, LayerCond, attention, expert_index, grid_positions, rope_table, token_positions
 from text import Tokenizer
 from tiny import faces, networks, speech
 from tiny.clips import Pool, features
@@ -29,6 +30,7 @@ from train import load_experts, train
 BLOCKS = 6                   # of a stretch: from the fourth on rings are full
 SECONDS = 5.0                # of sound around it, over which it is normalised
 STILL = 1 + 4 * LEAD_LATENTS # frames of the still picture before it: the eighth latent stands for that of a picture that was always still
+LOW = 0.05                   # noise level: from 0.0089, the last of four, a step moves latents by 0.9% of the velocity, and is left as it is
 FAR = 20000                  # latent frames: half of the stretches begin anywhere before
 
 
@@ -109,38 +111,43 @@ def velocities(net, noisy, t, text, clips, rope, condition_rope, moved, window=W
 # ------------------------------------------------------------------------------------------------------------------------ the stage
 
 def live_stage(o, source, device):
-    """The experts learn in turn, each at the noise levels of its own steps, drawn as often as they are high: the last of four, 0.0089, moves
-    latents by 0.9% of the velocity and hardly matters."""
-    experts = load_experts(source, o, device).to(device)
+    """The experts learn in turn, each at the noise levels of its own steps, drawn as often as they are high; not those below LOW.
+
+    Latents come to a step as the steps before it have left them, made from noise by the network as it is. All blocks of a stretch take them at
+    once, for the ring of a step holds what that step saw; so what is trained is what a stream will do, its own mistakes included.
+    """
+    experts = load_experts(source, Namespace(**vars(o) | dict(expert="both")), device).to(device)         # all make what one learns from
     cfg, (sigmas, timesteps) = source.configs["denoiser"], schedule(o.levels)
     nets = {kind: source.load(kind, device, torch.float32) for kind in ("vae", "audio", "text")}
     sound, tokenizer = speech.load_folder(o.speech, device), Tokenizer(source.tokenizer, cfg.text_len)
     tokens = partial(networks.token_ids, tokenizer, device=device)
     pool = Pool(lambda number: drawn_stretches(nets, sound, tokens, o.fresh, generator(device, o.seed, number, world()[0], 1)), o.pool // o.fresh, o.every)
-    sides = source.experts if len(source.experts) > 1 else [None]
-    levels = {name: [i for i, t in enumerate(timesteps.tolist()) if len(sides) == 1 or (t >= source.boundary * 1000) == (name == sides[0])]
-              for name in experts}
+    serves = [source.experts[expert_index(t, source.boundary)] for t in timesteps.tolist()]
+    levels = {name: [i for i, sigma in enumerate(sigmas[:-1].tolist()) if serves[i] == name and sigma > LOW] for name in experts}
+    learns = [name for name in experts if levels[name] and name.endswith("" if o.expert == "both" else o.expert)]
 
     def batch(step):
-        g, name = generator(device, o.seed, step, world()[0]), list(experts)[step % len(experts)]
+        g, name = generator(device, o.seed, step, world()[0]), learns[step % len(learns)]
         clips = pool.draw(step, o.batch, g)
-        mine = torch.tensor(levels[name])
-        level = mine[torch.multinomial(sigmas[mine].to(device), o.batch, replacement=True, generator=g).cpu()]
-        frame, *ahead = torch.randint(FAR, (1,), generator=g, device=device).tolist(), *torch.randint(
-            AHEAD[0], AHEAD[1] + 1, (BLOCKS,), generator=g, device=device).tolist()
-        frame = frame[0] * (step // len(experts) % 2)
+        level = levels[name][torch.multinomial(sigmas[levels[name]], 1, generator=generator("cpu", o.seed, step)).item()]     # the same on all ranks
+        frame = int(torch.randint(FAR, (), generator=g, device=device)) * (step // len(learns) % 2)
+        ahead = torch.randint(AHEAD[0], AHEAD[1] + 1, (BLOCKS,), generator=g, device=device).tolist()
         grid = clips.latents.shape[2], *(x // p for x, p in zip(clips.latents.shape[3:], PATCH[1:]))
         ropes = [x.to(device) for x in tables(cfg, grid, frame, ahead)]
-        eps = torch.randn(clips.latents.shape, generator=g, device=device)
-        return name, *clips, sigmas[level].to(device), timesteps[level].to(device), eps, *ropes
+        return level, *clips, torch.randn(clips.latents.shape, generator=g, device=device), *ropes
 
-    def loss(name, *tensors):
-        clips, (sigma, t, eps, *ropes) = Stretches(*tensors[:6]), tensors[6:]
-        s = sigma.view(-1, 1, 1, 1, 1)
+    def loss(level, *tensors):
+        clips, (x, *ropes) = Stretches(*tensors[:6]), tensors[6:]
         with autocast(device):
             text = networks.encode_ids(nets["text"], clips.ids)
-            velocity = velocities(experts[name], (1 - s) * clips.latents + s * eps, t, text, clips, *ropes)
-        return (clips.weight * (velocity - (eps - clips.latents)).square()).mean() / clips.weight.mean()
+
+            def velocity(i):
+                return velocities(experts[serves[i]], x, timesteps[i].expand(len(x)).to(device), text, clips, *ropes)
+            with torch.no_grad():
+                for i in range(level):
+                    x = x + (sigmas[i + 1] - sigmas[i]).item() * velocity(i)
+            error = velocity(level) - (x - clips.latents) / sigmas[level].item()
+        return (clips.weight * error.square()).mean() / clips.weight.mean()
     return Stage(experts, batch, loss, record=False, options="levels pool fresh every targets")
 
 
