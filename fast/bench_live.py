@@ -101,8 +101,9 @@ def way(bench, picture, name):
     begun = make(bench, video, warm, beside)
     taken = make(bench, video, bench.args.blocks, beside)
     rate, memory = FRAMES * bench.args.blocks / taken, used(bench.device)
-    print(f"{name:20} {rate:6.2f} frames/s, {taken / bench.args.blocks:.4f} s per block of {FRAMES} over {bench.args.blocks}; the first {warm} took "
-          f"{begun:.1f} s; {memory[0]:.1f} GiB of tensors, {memory[1]:.1f} reserved{'' if graphs is None else f', {len(graphs.graphs)} graphs'}", flush=True)
+    print(f"{name:20} {rate:6.2f} frames/s, {taken / bench.args.blocks:.4f} s per block of {FRAMES} over {bench.args.blocks}; the first {warm} "
+          f"took {begun:.1f} s; {memory[0]:.1f} GiB of tensors, {memory[1]:.1f} reserved"
+          f"{'' if graphs is None else f', {len(graphs.graphs)} graphs'}", flush=True)
     return dict(frames_per_s=rate, s_per_block=taken / bench.args.blocks, tensors_gib=memory[0], reserved_gib=memory[1])
 
 
@@ -159,8 +160,9 @@ def parts(bench, picture, ring):
         floor = steps * (linear / rate + cfg.n_layer * attention)
     times |= dict(attention=steps * cfg.n_layer * attention, floor=floor)
     print(f"parts    {ring.__name__}, ms of a block: {', '.join(f'{name} {1000 * t:.1f}' for name, t in times.items())}")
-    print(f"         {steps} forwards of {live.BLOCK * n:,} tokens to {rows:,} keys: {steps * linear / 1e12:.0f} TFLOP linear at {rate / 1e12:.0f} TFLOP/s, "
-          f"attention at {4 * live.BLOCK * n * rows * cfg.dim / attention / 1e12:.0f}; floor {1000 * floor:.0f} ms is {floor / times['forwards']:.0%} of them")
+    print(f"         {steps} forwards of {live.BLOCK * n:,} tokens to {rows:,} keys: {steps * linear / 1e12:.0f} TFLOP linear at {rate / 1e12:.0f} "
+          f"TFLOP/s, attention at {4 * live.BLOCK * n * rows * cfg.dim / attention / 1e12:.0f}; "
+          f"floor {1000 * floor:.0f} ms is {floor / times['forwards']:.0%} of them")
     if bench.args.profile:
         profile(lambda: stream.steps(x, conds, moved))
         profile(lambda: video.frames(latents))
@@ -179,7 +181,8 @@ def first_frames(bench):
         video = bench.begin(picture)
         video.block(bench.audio(0)).cpu()
         result[name] = time.perf_counter() - start
-        print(f"first    frames {result[name]:.3f} s after a {name.replace('_', ' ')}, {ready - start:.3f} of it (as launched) to prepare it", flush=True)
+        print(f"first    frames {result[name]:.3f} s after a {name.replace('_', ' ')}, {ready - start:.3f} of it (as launched) to prepare it",
+              flush=True)
         del video
     return result
 
@@ -192,7 +195,8 @@ def flat(bench, picture, blocks):
         make(bench, video, 20, beside)
         at[first + 20] = used(bench.device)
     a, b = at[20], at[max(at)]
-    print(f"memory   block 20: {a[0]:.3f} GiB of tensors, {a[1]:.3f} reserved, {a[2]:.3f} on the host; block {max(at)}: {b[0]:.3f}, {b[1]:.3f}, {b[2]:.3f}")
+    print(f"memory   block 20: {a[0]:.3f} GiB of tensors, {a[1]:.3f} reserved, {a[2]:.3f} on the host; "
+          f"block {max(at)}: {b[0]:.3f}, {b[1]:.3f}, {b[2]:.3f}")
     return dict(blocks=max(at), first=a, last=b)
 
 

@@ -29,7 +29,8 @@ if triton:
 
 @jit
 def write_keys(x_ptr, mean_ptr, y_ptr, scale_ptr, first, blocks, N, C, D: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS keys of one head: x (N, C) bf16 less its mean (C,) -> int8 y (W, C) from row first * ROWS on, zeros behind the last; scale (K, blocks + 1)"""
+    """ROWS keys of one head: x (N, C) bf16 less its mean (C,) -> int8 y (W, C) from row first * ROWS on, zeros behind the last;
+    scale (K, blocks + 1)"""
     block, head, row = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
     token, channel = block * ROWS + row, head * D + tl.arange(0, D)
     inside = token[:, None] < N
@@ -137,7 +138,8 @@ class Ring8:
     def read(self, q, layer, seen, unused):
         """q (1, n, K, D) against the first `seen` blocks -> (1, n, C) bf16"""
         k8, k_scale, v8, v_scale, mean = self.layers[layer]
-        q, C, tma = q.to(torch.bfloat16).flatten(2).contiguous(), self.K * self.D, q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+        q, C = q.to(torch.bfloat16).flatten(2).contiguous(), self.K * self.D
+        tma = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
         n, blocks = q.shape[1], blocks_of(q.shape[1])
         q8, q_scale = q[0].view(torch.int8), torch.empty(self.K * blocks * KEYS, device=q.device)
         quantize_rows[blocks, self.K](q[0], mean, q8, q_scale, LOG2_E * self.D ** -0.5, n, C, self.D, KEYS, SHARED=False)

@@ -125,7 +125,8 @@ def memory_of(plan, checkpoint):
     config, height, width, window = plan.config, plan.height, plan.width, plan.window
     from fast.rings8 import ring8_bytes
     from fast.vae_plan import vae_cuts
-    cfg, vae, (H, W) = checkpoint.configs["denoiser"], checkpoint.configs["vae"], (x // checkpoint.configs["vae"].stride[1] for x in (height, width))
+    cfg, vae = checkpoint.configs["denoiser"], checkpoint.configs["vae"]
+    H, W = height // vae.stride[1], width // vae.stride[1]
     n, experts, size = H * W // math.prod(PATCH), used_experts(checkpoint, config), config.dtype.itemsize
     dtype = config.vae_dtype or torch.float32
     coders = checkpoint.parts["vae"].parameters * dtype.itemsize + (plan.seconds is None) * 4 * checkpoint.parts["audio"].parameters

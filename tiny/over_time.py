@@ -45,7 +45,7 @@ def as_tensor(frames):
 def rows(path, image, every):
     """-> [one dict per window: its begin in seconds, and COLUMNS; r and lag are None in silence]"""
     fps, wav = probe(path, count=False).fps, load_audio(path)
-    target = articulation(wav, torch.arange(round(len(wav) / RATE * fps)) / fps)             # (P, 2), of the whole sound, to which levels are relative
+    target = articulation(wav, torch.arange(round(len(wav) / RATE * fps)) / fps)             # (P, 2), of the whole sound
     strangers, out, first = reference(held_out_identities(20, seed=1000), torch.Generator().manual_seed(0)), [], 0
     for frames in windows(path, round(every * fps)):
         if not out:

@@ -58,7 +58,8 @@ def drawn_stretches(nets, sound, tokens, n, g):
     picture, video = faces.reference(person, g)[:, :, None], faces.draw(shown, motion, mouth)
     weight = F.avg_pool3d(faces.importance(shown, motion, mouth), (4, 8, 8))
     latents = nets["vae"].encode(torch.cat([picture.expand(-1, -1, STILL, -1, -1), video], dim=2))
-    return Stretches(latents[:, :, LEAD_LATENTS + 1:], latents[:, :, 1:2], latents[:, :, LEAD_LATENTS:LEAD_LATENTS + 1], audio, weight, tokens(captions))
+    still, latents = latents.split([LEAD_LATENTS + 1, latents.shape[2] - LEAD_LATENTS - 1], dim=2)
+    return Stretches(latents, still[:, :, 1:2], still[:, :, -1:], audio, weight, tokens(captions))
 
 
 # ------------------------------------------------------------------------------------------------------------------ teacher forcing
@@ -121,7 +122,10 @@ def live_stage(o, source, device):
     nets = {kind: source.load(kind, device, torch.float32) for kind in ("vae", "audio", "text")}
     sound, tokenizer = speech.load_folder(o.speech, device), Tokenizer(source.tokenizer, cfg.text_len)
     tokens = partial(networks.token_ids, tokenizer, device=device)
-    pool = Pool(lambda number: drawn_stretches(nets, sound, tokens, o.fresh, generator(device, o.seed, number, world()[0], 1)), o.pool // o.fresh, o.every)
+
+    def make(number):
+        return drawn_stretches(nets, sound, tokens, o.fresh, generator(device, o.seed, number, world()[0], 1))
+    pool = Pool(make, o.pool // o.fresh, o.every)
     serves = [source.experts[expert_index(t, source.boundary)] for t in timesteps.tolist()]
     levels = {name: [i for i, sigma in enumerate(sigmas[:-1].tolist()) if serves[i] == name and sigma > LOW] for name in experts}
     learns = [name for name in experts if levels[name] and name.endswith("" if o.expert == "both" else o.expert)]
