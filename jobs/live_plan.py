@@ -63,6 +63,7 @@ class LivePlan:
     sizes: dict
     free: object
     fp8: bool                    # are the denoiser's large matrices float8?
+    early: int                   # frames by which mouths lead the sound
 
     @property
     def room(self):
@@ -72,10 +73,10 @@ class LivePlan:
         o = self.config
         sound = "standard input" if self.seconds is None else f"{self.seconds:.2f} s of {os.path.basename(o.audio)}"
         length = "as long as sound comes" if math.isinf(self.frames) else f"{self.frames} frames = {self.frames / self.fps:.2f} s"
+        leads = f"; the mouth leads the sound by {self.early} frames, {1000 * self.early / self.fps:.0f} ms (--av-offset -{self.early} undoes it)"
         return "\n".join((
             f"sound    {sound}",
-            f"video    live: {self.width}x{self.height}, {length}, at {self.fps:g} fps, in blocks of {FRAMES}; the mouth leads the sound by "
-            f"{live.WARM_UP} frames, {1000 * live.WARM_UP / self.fps:.0f} ms (--av-offset -{live.WARM_UP} undoes it)",
+            f"video    live: {self.width}x{self.height}, {length}, at {self.fps:g} fps, in blocks of {FRAMES}{leads * bool(self.early)}",
             f"sampler  Euler, {o.steps} steps, shift {o.shift:g} twice, no guidance, seed {o.seed}",
             f"weights  {size_table(self.sizes)}",
             f"memory   {sum(self.memory.values()) / GIB:.2f} of {self.room / GIB:.1f} GiB: "
@@ -116,7 +117,8 @@ def make_plan(pipeline, args):
     seconds = None if speech is None else len(speech) / RATE
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
     plan = LivePlan(config, height, width, fps, args.window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
-                    free_memory(pipeline.device, pipeline.vram), fp8)
+                    free_memory(pipeline.device, pipeline.vram), fp8,
+                    0 if "picture_db" in checkpoint.sampling else live.WARM_UP)              # of drawn faces: trained to be on time
     return fitting(replace(plan, memory=memory_of(plan, checkpoint)), checkpoint), speech
 
 

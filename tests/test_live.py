@@ -305,13 +305,14 @@ def test_what_cannot_fit_is_refused_with_what_helps():
     dtypes = dict.fromkeys(("denoiser", "text", "vae", "audio"), half)
     checkpoint = random_weights.random_checkpoint("s2v-14B", random_weights.released("s2v-14B"), dtypes, Path("tokenizer.json"))
     config = RunConfig(device=torch.device("cuda"), dtype=half, vae_dtype=torch.float16, steps=4, shift=3.0, fp8=True, compile=True)
-    plan = live_plan.LivePlan(config, 384, 704, 25, 12, False, None, float("inf"), {}, checkpoint.sizes(), None, True)
+    plan = live_plan.LivePlan(config, 384, 704, 25, 12, False, None, float("inf"), {}, checkpoint.sizes(), None, True, 3)
 
     def fits(gib, **changes):
         changed = replace(plan, free=Memory(gib * 2 ** 30, 2 ** 40, 2 ** 40), **changes)
         return live_plan.fitting(replace(changed, memory=live_plan.memory_of(changed, checkpoint)), checkpoint)
     memory = {name: size / 2 ** 30 for name, size in fits(140).memory.items()}
     print(memory, sum(memory.values()))
+    assert "leads the sound by 3 frames, 120 ms (--av-offset -3 undoes it)" in str(fits(140)) and "leads" not in str(fits(140, early=0))
     assert memory["rings"] == pytest.approx(46.7, abs=0.1) and memory["denoiser"] == pytest.approx(15.8, abs=1) and 60 < sum(memory.values()) < 75
     assert sum(fits(140, rings8=True).memory.values()) < 60e9
     for gib, changes, helps in ((60, {}, "add --rings8"), (60, dict(config=replace(config, fp8=False), fp8=False, rings8=True), "add --fp8"),
