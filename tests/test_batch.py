@@ -20,11 +20,12 @@ import sample
 from formats.checkpoints import Checkpoint
 from jobs.batch import run_batch
 from media.ffmpeg import probe
+from tests import kill_runs
 from wan_s2v import WanS2VPipeline
 
 HERE = Path(__file__).parents[1]
 VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
-QUICK = ["--steps", "1", "--size", "64x64", "--clip-frames", "8", "--clips", "1"]
+QUICK = ["--steps", "1", "--size", "64x64", "--clip-frames", "8", "--clips", "1", *kill_runs.quick()]
 
 
 def sounds(folder, *names):
