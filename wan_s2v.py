@@ -522,7 +522,7 @@ def decode_frames(vae, pieces, n):
 
 
 def on_host(pieces):
-    """Tensors -> the same on the CPU. A piece travels while the next is computed, through page-locked memory, of which that of two is used in turns."""
+    """Tensors -> the same on the CPU. A piece travels while the next is computed; page-locked memory is taken for two of them."""
     for arrived, _ in pairwise(chain(map(send, pieces), [None])):
         yield arrived()
 

@@ -110,11 +110,12 @@ def multiplied_out(tensors):
 
 # ------------------------------------------------------------------------------------------------------------------------ the layer
 
-@torch.compiler.assume_constant_result
 def multiplies_fp8(device):
     """Has this device 8-bit tensor cores? NVIDIA from compute capability 8.9 on: Ada, Hopper, Blackwell."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
+
+multiplies_fp8._dynamo_marked_constant = True        # all that torch.compiler.assume_constant_result does beside importing the compiler, for 2 s
 
 @torch.library.custom_op("wan::quantize_tokens", mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)")
 def quantize_tokens(x):

@@ -1,11 +1,15 @@
 """What went wrong, for people: errors of the input and of the machine have one line, mistakes of the code show themselves."""
 import re
+import sys
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
-DEVICE_ERRORS = torch.AcceleratorError, TorchDynamoException, InductorError      # a RuntimeError of any other kind is a mistake of the code
+COMPILER_ERRORS = {"torch._dynamo.exc": "TorchDynamoException", "torch._inductor.exc": "InductorError"}
+
+
+def device_errors():
+    """Kinds of RuntimeError that are no mistakes of the code. The compiler, 2 s to import, raises none where it is not imported yet."""
+    return torch.AcceleratorError, *(getattr(sys.modules[module], name) for module, name in COMPILER_ERRORS.items() if module in sys.modules)
 
 
 def explain(error, args):
@@ -17,7 +21,7 @@ def explain(error, args):
         return "the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
-    if isinstance(error, DEVICE_ERRORS):
+    if isinstance(error, device_errors()):
         what = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"PyTorch fails on {args.device}: {what[:300]}; try --no-compile, or a smaller --size"
     return None

@@ -81,6 +81,13 @@ def test_linear_without_8_bit_cores():
     assert 0.01 < error < 0.05
 
 
+def test_the_compiler_takes_the_device_for_a_constant():
+    """As its public function would mark it."""
+    def plain(device):
+        return True
+    assert fp8.multiplies_fp8.__dict__ == torch.compiler.assume_constant_result(plain).__dict__
+
+
 def test_what_is_quantised():
     net = random_net(TINY)
     linears = {name + ".weight" for name, layer in net.named_modules() if isinstance(layer, nn.Linear) and name.startswith("blocks.")}
