@@ -8,6 +8,7 @@
     python -m fast.bench --stage vae-decode --size 1280x704                 also vae-encode, text, audio, all; vae-error, error: of lower precision
     python -m fast.bench --against REPO --size 832x480                      official, diffusers and ours in turns, same weights (fast/against.py)
     python -m fast.bench --ranks 4                                          a step and the VAE by 4 ranks, each with a GPU of its own
+    python -m fast.bench --ranks 4 --stage error                            how far that step is from one GPU's
     python -m fast.bench --simulate 2,4,8 --fp8 --compile                   what 2, 4, 8 GPUs may take, from this one (fast/bench_ranks.py)
     python -m fast.bench --against REPO --preset tiny                       the same on a CPU, float32
 
@@ -296,6 +297,7 @@ def parser():
     p.add_argument("--against", type=Path, metavar="REPO", help="checkout of Wan-Video/Wan2.2: time its forward, diffusers' and all of ours, or with "
                    "--stage vae-decode or vae-encode its VAE and ours")
     p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own, and measure a step on all of them")
+    p.add_argument("--parallel", choices=("auto", "guidance", "sequence"), default="auto", help="with --ranks: as in sample.py (default: auto)")
     p.add_argument("--simulate", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N", help="expected times of so many GPUs")
     p.add_argument("--link", type=float, default=300.0, metavar="GB/s", help="what a GPU sends to the others of its machine together (default 300: "
                    "NVLink 4 has 450 each way)")
@@ -319,7 +321,7 @@ def main(args):
         raise ValueError(f"--preset {args.preset} wants a GPU, full size takes hours on a CPU: leave it out for tiny")
     if args.against and (given := [name for name in ("fp8", "compile", "attention8", "resident", "vram", "chunk", "profile") if getattr(args, name)]):
         raise ValueError(f"--against runs all ways there are, got --{given[0]}: leave it out")
-    if device.type == "cpu" and args.stage == "error":
+    if device.type == "cpu" and args.stage == "error" and not bench_ranks.under_torchrun():
         raise ValueError("--stage error wants a GPU: float8 and 8-bit attention are not computed on a CPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     configs = random_weights.tiny("s2v-14B") if args.preset == "tiny" else random_weights.released(args.preset)

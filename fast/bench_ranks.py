@@ -44,12 +44,12 @@ def launch(args, argv):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m", "fast.bench", *rest]).returncode
 
 
-def connect(heads, device):
+def connect(heads, device, parallel):
     """The Ranks of a process that torchrun has started."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(dist.get_rank(), choose_split(dist.get_world_size(), "auto", heads, GUIDANCE))
+    return Ranks(dist.get_rank(), choose_split(dist.get_world_size(), parallel, heads, GUIDANCE))
 
 
 def network(args, configs, device, dtype, memory):
@@ -57,9 +57,10 @@ def network(args, configs, device, dtype, memory):
     return materialise("denoiser", cfg, bench.random_entries("denoiser", cfg, device, dtype), device, dtype, args.fp8, memory.resident)
 
 
-def step(args, net, cfg, device, dtype, shape, memory, ranks):
-    """-> function that computes both branches of a step, of a clip whose numbers are random"""
-    how = args.chunk or memory.chunk, attention8.attention8 if args.attention8 else blocks.attend, args.compile, memory.host_layers
+def step(args, net, cfg, device, dtype, shape, memory, ranks, attend=None):
+    """-> function that computes both branches of a step, of a clip whose numbers are random and the same on every rank"""
+    attend = attend or (attention8.attention8 if args.attention8 else blocks.attend)
+    how = args.chunk or memory.chunk, attend, args.compile, memory.host_layers
     fast = ParallelDenoiser(net, *how, ranks=ranks) if ranks else blocks.FastDenoiser(net, *how)
     torch.manual_seed(0)
 
@@ -81,9 +82,14 @@ def vae_runs(args, configs, vae, device, shape, memory, ranks):
 
 def measured(args, configs, device, dtype, shape, memory):
     """On all ranks -> what rank 0 reports"""
-    ranks = connect(configs["denoiser"].n_head, device)
-    times = [bench.seconds(step(args, network(args, configs, device, dtype, memory), configs["denoiser"], device, dtype, shape, memory, ranks),
-                           device, args.repeats)[0]]
+    cfg = configs["denoiser"]
+    ranks, net = connect(cfg.n_head, device, args.parallel), network(args, configs, device, dtype, memory)
+    if args.stage == "error":
+        return equality(args, net, cfg, device, dtype, shape, memory, ranks)
+    both = step(args, net, cfg, device, dtype, shape, memory, ranks)
+    times = [bench.seconds(both, device, args.repeats)[0]]
+    if args.profile:
+        bench.profile(both)
     vae = bench.random_network("vae", configs, device, bench.DTYPES[args.vae_dtype])
     times += [bench.seconds(run, device, args.repeats)[0] for run in vae_runs(args, configs, vae, device, shape, memory, ranks)]
     gpu, _ = memory_used(device)
@@ -92,6 +98,19 @@ def measured(args, configs, device, dtype, shape, memory):
         print(f"ranks      {ranks.size} = {ranks.halves} x {ranks.runs}: step with guidance {times[0]:.3f} s, decode {times[1]:.2f} s, encode "
               f"{times[2]:.2f} s, peak {gpu:.1f} GiB reserved on each")
     return dict(split=ranks.split, s_per_step=times[0], s_decode=times[1], s_encode=times[2], peak_gpu_gib=gpu)
+
+
+def equality(args, net, cfg, device, dtype, shape, memory, ranks):
+    """How far a step by all ranks is from one by this rank alone; and, to compare, that from one whose attention sums its keys in the other order."""
+    def velocities(ranks, attend=None):
+        return torch.stack(list(step(args, net, cfg, device, dtype, shape, memory, ranks, attend)())).double()
+    alone = velocities(None)
+    together, reversed = velocities(ranks), velocities(None, lambda q, k, v, layer: blocks.attend(q, k.flip(1), v.flip(1), layer))
+    gaps = [float((x - alone).norm() / alone.norm()) for x in (together, reversed)]
+    dist.destroy_process_group()
+    print(f"error      of {ranks.size} = {ranks.halves} x {ranks.runs} ranks against one: {gaps[0]:.3e}; of one that sums keys in the other order: "
+          f"{gaps[1]:.3e}; ratio {gaps[0] / max(gaps[1], 1e-30):.2f}")
+    return dict(split=ranks.split, ranks=gaps[0], other_order=gaps[1])
 
 
 def sending(log, args, ranks):

@@ -157,7 +157,11 @@ def test_a_fork_is_followed_or_noticed():
     for cfg in (CFG, Config(), small_net("t2v").cfg, small_net("i2v").cfg, small_net("ti2v").cfg):
         verify(Denoiser, cfg)
     verify(fork(Doubled), CFG)
-    verify(Scalar, CFG)
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    verify(type("Watched", (Scalar,), dict(forward=lambda self, *args: seen.append(torch.get_num_threads()) or Scalar.forward(self, *args))), CFG)
+    assert set(seen) == {1} and torch.get_num_threads() == 2         # many wait for one another: 50 s of a start on 64 cores
+    torch.set_num_threads(threads)
     for kind, cfg in ((fork(Added), CFG), (fork(LastLayer), CFG), (CleanFrames, small_net("ti2v").cfg)):
         with pytest.raises(ValueError, match="does not compute what model.py computes"):
             verify(kind, cfg)
