@@ -1,4 +1,4 @@
-"""A stream on many GPUs: a block goes from rank to rank, each makes some of its steps, so that as many blocks are being made as there are ranks.
+"""A stream on many GPUs: blocks go from rank to rank, each makes some of the steps, so that as many blocks are being made as there are ranks.
 
 `torchrun --nproc-per-node 4 sample.py --live ...` starts them. A block takes as long as on one GPU, blocks leave as fast as the slowest rank works.
 
@@ -114,9 +114,8 @@ class Relay(live.Live):
 
     def notes(self, sound):
         for features, total in sound:
-            frame, samples, self.samples = self.stream.frame, self.samples.copy(), self.samples
+            yield Note(self.stream.frame, features, total, self.samples.copy(), time.perf_counter())
             self.samples.clear()
-            yield Note(frame, features, total, samples, time.perf_counter())
 
     @torch.no_grad()
     def latents(self, audio, pose=None):

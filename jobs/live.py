@@ -36,7 +36,8 @@ def open_live(checkpoint, plan, replace_ref=False):
     text, *latents = given() if line.size == 1 else [x.to(o.device) for x in line.once(given)]
     steps = own_experts(checkpoint, plan)
     nets = {name: load_denoiser(checkpoint, name, o) for name in sorted(set(steps))}
-    prepared, how = live.prepare([nets[name] for name in steps], vae, text, None, latents), (o.seed, plan.window, o.shift, replace_ref, ring_class(plan))
+    prepared = live.prepare([nets[name] for name in steps], vae, text, None, latents)
+    how = o.seed, plan.window, o.shift, replace_ref, ring_class(plan)
     return live.Live(prepared, *how) if line.size == 1 else Relay(prepared, line, o.steps, *how)
 
 

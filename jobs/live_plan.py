@@ -23,7 +23,8 @@ def options(parser):
     """The command line's part about streams."""
     g = parser.add_argument_group("live", "blocks of 12 frames that are written while they are made; --audio - takes 16-bit 16 kHz mono from "
                                           "standard input, --out - writes to standard output; see docs/live.md")
-    g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar)")
+    g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar); under torchrun several GPUs "
+                   "share its steps")
     g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
                    "--live); a strength that the file does not name is said (default: live.safetensors in the checkpoint's folder or in that of the "
                    "same name and -live, if there is one)")
