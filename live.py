@@ -182,7 +182,7 @@ class Stream:
 
     def __init__(self, experts, window=WINDOW, shift=SHIFT, ring=Ring):
         check_window(window)
-        self.experts, self.window, self.cfg, self.grid = experts, window, denoiser(experts[0].net).cfg, experts[0].cond.grid
+        self.experts, self.window, self.shift, self.cfg, self.grid = experts, window, shift, denoiser(experts[0].net).cfg, experts[0].cond.grid
         self.n = self.grid[1] * self.grid[2]
         self.sigmas, self.timesteps = schedule(len(experts), shift)
         self.frame = 0                                               # latent frames made so far; the number of the next
@@ -268,11 +268,15 @@ class Picture:
 
 
 @torch.no_grad()
-def prepare(nets, vae, text, picture):
-    """nets one network per step, with `prepare` and the call of model.Denoiser; picture (1, 3, 1, height, width) in [-1, 1] -> Picture"""
-    (ref, latent), cache = still(vae, picture), new_cache(vae.decoder)
+def prepare(nets, vae, text, picture, latents=None):
+    """nets one network per step, with `prepare` and the call of model.Denoiser; picture (1, 3, 1, height, width) in [-1, 1] -> Picture
+
+    latents  of `still`, where they are known: then a rank that does not decode, see fast/relay.py, has no VAE
+    """
+    (ref, latent), cache = latents or still(vae, picture), vae and new_cache(vae.decoder)
     motion = latent.expand(-1, -1, denoiser(nets[0]).cfg.motion_latents, -1, -1)
-    decode(vae, latent.expand(-1, -1, LEAD_LATENTS, -1, -1), cache)
+    if vae:
+        decode(vae, latent.expand(-1, -1, LEAD_LATENTS, -1, -1), cache)
     return Picture(nets, vae, text, motion, sinks(nets, text, ref, motion), cache)
 
 
@@ -288,12 +292,16 @@ class Live:
     def __init__(self, picture, seed=42, window=WINDOW, shift=SHIFT, replace_ref=False, ring=Ring):
         self.picture, self.replace_ref = picture, replace_ref
         self.generator = torch.Generator().manual_seed(seed)         # on the CPU, so that a seed means the same on every machine
-        self.stream, self.cache = Stream(picture.experts, window, shift, ring), deque(picture.cache)
-        self.shape, self.first = (1, picture.vae.config.z_dim, BLOCK, *picture.motion.shape[3:]), None
+        self.stream, self.cache = Stream(picture.experts, window, shift, ring), deque(picture.cache or ())
+        self.shape, self.first = (1, picture.motion.shape[1], BLOCK, *picture.motion.shape[3:]), None
         self.hidden = WARM_UP                                        # frames to come that are not shown
 
     def draw(self):
         return int(torch.randint(AHEAD[0], AHEAD[1] + 1, (), generator=self.generator))
+
+    def noise(self, audio):
+        """Of the block to come, on the device of its sound (1, z, 3, H, W)"""
+        return torch.randn(self.shape, generator=self.generator, pin_memory=audio.is_cuda).to(audio.device, non_blocking=True)
 
     @torch.no_grad()
     def latents(self, audio, pose=None):
@@ -301,8 +309,7 @@ class Live:
         stream, picture = self.stream, self.picture
         if self.replace_ref and stream.frame == stream.window:
             stream.begin(sinks(picture.nets, picture.text, self.first, picture.motion))
-        begins, noise = stream.frame == 0, torch.randn(self.shape, generator=self.generator, pin_memory=audio.is_cuda)
-        latents = stream.block(noise.to(audio.device, non_blocking=True), audio, self.draw, pose)
+        begins, latents = stream.frame == 0, stream.block(self.noise(audio), audio, self.draw, pose)
         if begins:
             self.first = latents[:, :, :1].clone()
         return latents

@@ -179,7 +179,7 @@ def open_pipeline(args):
     if args.live:
         from jobs.live_plan import with_loras
         checkpoint = with_loras(checkpoint, args.lora)
-    ranks = args.world.arrange(args, checkpoint) if args.world and args.batch is None else None
+    ranks = args.world.arrange(args, checkpoint) if args.world and args.batch is None and not args.live else None
     pipeline = WanS2VPipeline(checkpoint, args.vram, keep=args.batch is not None, ranks=ranks, **choices(args))
     cap_memory(pipeline.device, args.vram)
     return pipeline

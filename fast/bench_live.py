@@ -3,6 +3,7 @@
     python -m fast.bench_live --size 704x384                      frames per second of live.py, in several ways, and where the time goes
     python -m fast.bench_live --size 192x128 --flat 500           memory at block 20 and at the last
     python -m fast.bench_live --size 704x384 --ways plain,beside  these ways alone
+    python -m fast.bench_live --size 704x384 --ranks 4            a stream by 4 GPUs, each of which makes some of the steps: fast/relay.py
 
 A way is how blocks are made once rings are full; words joined by +:
     plain    denoiser, then VAE                     beside   the VAE decodes while the next block is denoised, for sound that is there already
@@ -16,20 +17,26 @@ if __name__ == "__main__":
 import argparse
 import gc
 import json
+import math
+import os
 import sys
 import time
 import traceback
 
 import torch
+import torch.distributed as dist
 
 import live
+from fast import bench_ranks
 from fast.bench import commit, profile, random_entries, random_network, seconds
 from fast.blocks import FastDenoiser, attention_backend
 from fast.estimate import best_seconds, forward_flops
 from fast.probe import GIB, memory_used, pick_device, synchronize
+from fast.relay import Line, Relay
 from fast.rings import Beside, BlockGraphs, GPURing
 from fast.rings8 import Ring8
 from formats.checkpoints import materialise
+from jobs.live import onto, pictures
 from model import PATCH
 from sample import DTYPES, size
 from tiny import random_weights
@@ -39,22 +46,23 @@ FRAMES = 4 * live.BLOCK
 
 
 class Bench:
-    """Networks, a picture, and sound that goes round and round."""
+    """Networks, a picture, and sound that goes round and round; of many ranks one has the VAE."""
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, line=Line()):
         self.args, self.device, gpu = args, device, device.type == "cuda"
         self.dtype, vae_dtype = torch.bfloat16 if gpu else torch.float32, DTYPES[args.vae_dtype or ("float16" if gpu else "float32")]
         self.configs = random_weights.released("s2v-14B") if gpu and not args.tiny else random_weights.tiny("s2v-14B")
         cfg = self.cfg = self.configs["denoiser"]
         net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, self.dtype), device, self.dtype, args.fp8)
-        self.net, self.vae = FastDenoiser(net, compile=args.compile), random_network("vae", self.configs, device, vae_dtype)
+        self.net = FastDenoiser(net, compile=args.compile)
+        self.vae = random_network("vae", self.configs, device, vae_dtype) if line.last else None
         (width, height), random = args.size, torch.Generator(device).manual_seed(0)
 
         def randn(*shape):
             return torch.randn(shape, device=device, generator=random)
         self.pixels, self.text = randn(1, 3, 1, height, width).clamp(-1, 1), randn(1, min(60, cfg.text_len), cfg.text_dim)
         self.sound = randn(8, 1, cfg.audio_states, cfg.audio_dim, FRAMES)
-        self.n = height * width // (self.vae.stride[1] * PATCH[1]) ** 2
+        self.n = height * width // (self.configs["vae"].stride[1] * PATCH[1]) ** 2
 
     def prepare(self):
         return live.prepare([self.net] * self.args.steps, self.vae, self.text, self.pixels)
@@ -200,6 +208,33 @@ def flat(bench, picture, blocks):
     return dict(blocks=max(at), first=a, last=b)
 
 
+def on_ranks(args, device, names, result):
+    """These ways by all ranks, as sample.py has them make a file. Sound goes along with the latents, frames are copied to the host of rank 0."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    line = Line(dist.get_rank(), dist.get_world_size())
+    own, bench = line.steps(args.steps), Bench(args, device, line)
+    still = line.once(lambda: live.still(bench.vae, bench.pixels))
+    picture = live.prepare([bench.net] * len(own), bench.vae, bench.text, None, [x.to(device) for x in still])
+    warm, found = args.window // live.BLOCK * 2 + 2, [None] * line.size
+    for name in names:
+        video, times = Relay(picture, line, args.steps, window=args.window, ring=Ring8 if "rings8" in name else GPURing), []
+        sound = video.blocks(((bench.audio(i)[0].cpu(), math.inf) for i in range(warm + args.blocks)), None)
+        if line.last:
+            times = [time.perf_counter() for _ in pictures(video, sound, device, True)]
+        for features, _ in sound:
+            video.latents(onto(features, device))
+        dist.all_gather_object(found, used(device)[:2])
+        if line.last:
+            rate, each = FRAMES * args.blocks / (times[-1] - times[warm - 1]), ", ".join(f"{tensors:.1f} ({kept:.1f})" for tensors, kept in
+                                                                                         [*found[1:], found[0]])
+            print(f"{name:20} {rate:6.2f} frames/s by {line.size} ranks over {args.blocks} blocks; GiB of tensors (reserved) on each, in line, the "
+                  f"last with the VAE: {each}", flush=True)
+            result[name] = dict(frames_per_s=rate, gib=found)
+        del video, sound
+        gc.collect()
+    dist.destroy_process_group()
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--size", type=size, default=(704, 384), metavar="WxH", help="sides multiples of 64 (default: 704x384)")
@@ -207,6 +242,7 @@ def parser():
     p.add_argument("--steps", type=int, default=live.STEPS, help=f"(default: {live.STEPS})")
     p.add_argument("--window", type=int, default=live.WINDOW, help=f"latent frames in a ring (default: {live.WINDOW})")
     p.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help=f"(default: {','.join(WAYS)})")
+    p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own: beside and rings8+beside, or --ways")
     p.add_argument("--flat-rings8", action="store_true", help="with --flat: rings in 8 bits")
     p.add_argument("--flat", type=int, metavar="N", help="make so many blocks and compare memory, nothing else")
     p.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=True, help="float8 matrices (default: on)")
@@ -219,7 +255,16 @@ def parser():
 
 
 def main(args):
-    device = pick_device(args.device)
+    ranks = bench_ranks.under_torchrun()
+    if args.ranks and not ranks:
+        if not 2 <= args.ranks <= args.steps:
+            raise ValueError(f"--ranks wants 2 to {args.steps}, a step for each, got {args.ranks}")
+        sys.exit(bench_ranks.launch(args, sys.argv[1:], "fast.bench_live"))
+    device = bench_ranks.local_device(args.device) if ranks else pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ranks and int(os.environ["RANK"]):
+        sys.stdout = open(os.devnull, "w")                           # rank 0 speaks for all
     live.check_window(args.window)
     for name, value, ok, want in (("size", args.size, not (args.size[0] % 64 or args.size[1] % 64), "multiples of 64"),
                                   ("ways", args.ways, all(set(name.split("+")) <= {"plain", "beside", "rings8", "graphs"} for name in args.ways),
@@ -233,6 +278,10 @@ def main(args):
     print(f"{name}, torch {torch.__version__}, commit {commit()}, live at {args.size[0]}x{args.size[1]}, {args.steps} steps, window {args.window}"
           f"{', fp8' * args.fp8}{', compiled' * args.compile}", flush=True)
     result, start = {}, time.perf_counter()
+    if ranks:
+        with torch.no_grad():
+            on_ranks(args, device, args.ways if args.ways != list(WAYS) else ["beside", "rings8+beside"], result)
+        return report(device, result)
     with torch.no_grad():
         bench = Bench(args, device)
         synchronize(device)
@@ -251,6 +300,10 @@ def main(args):
             del picture
             result["first"] = first_frames(bench)
             measure(bench, bench.prepare(), [name for name in args.ways if "graphs" in name], result)
+    report(device, result)
+
+
+def report(device, result):
     result["peak_gib"] = memory_used(device)[0]
     print(json.dumps(dict(gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__, commit=commit(),
                           argv=sys.argv[1:], **result)))

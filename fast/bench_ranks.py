@@ -38,10 +38,11 @@ class Simulated(Ranks):
         return self.gather(x.movedim(axis, 0).contiguous(), lengths).movedim(0, axis)
 
 
-def launch(args, argv):
+def launch(args, argv, program="fast.bench"):
     """The same command by N processes -> exit status"""
     rest = [word for i, word in enumerate(argv) if word != "--ranks" and (i == 0 or argv[i - 1] != "--ranks") and not word.startswith("--ranks=")]
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), "-m", "fast.bench", *rest]).returncode
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
+    return subprocess.run([*start, "-m", program, *rest]).returncode
 
 
 def connect(heads, device, parallel):

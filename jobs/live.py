@@ -12,7 +12,8 @@ from tqdm import tqdm
 import live
 from fast.probe import pick_device, synchronize
 from fast.listening import AHEAD, Listening
-from jobs.live_plan import FRAMES, expected, experts_of_steps, make_plan, used_experts
+from fast.relay import Relay
+from jobs.live_plan import FRAMES, expected, make_plan, own_experts
 from media.given import default_float32
 from media.pictures import fit_picture, load_image
 from media.sound import RATE
@@ -21,16 +22,23 @@ from text import Tokenizer, encode_prompt
 
 
 def open_live(checkpoint, plan, replace_ref=False):
-    """Load the networks and make ready for the first block -> live.Live"""
-    o, size = plan.config, (plan.height, plan.width)
-    encoder = checkpoint.load("text", o.device, o.dtype)
-    text = encode_prompt(encoder, Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len), o.prompt)[None]
-    del encoder
-    vae = checkpoint.load("vae", o.device, o.vae_dtype)
-    picture = fit_picture(load_image(o.image), size).to(o.device)[None, :, None]
-    nets = {name: load_denoiser(checkpoint, name, o) for name in used_experts(checkpoint, o)}
-    prepared = live.prepare([nets[name] for name in experts_of_steps(checkpoint, o)], vae, text, picture)
-    return live.Live(prepared, o.seed, plan.window, o.shift, replace_ref, ring_class(plan))
+    """Load the networks and make ready for the first block -> live.Live, of many processes a Relay"""
+    o, line, vae = plan.config, plan.line, None
+
+    def given():
+        """What is made of prompt and picture: by one process for all."""
+        encoder = checkpoint.load("text", o.device, o.dtype)
+        text = encode_prompt(encoder, Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len), o.prompt)[None]
+        del encoder
+        return text, *live.still(vae, fit_picture(load_image(o.image), (plan.height, plan.width)).to(o.device)[None, :, None])
+    if line.last:
+        vae = checkpoint.load("vae", o.device, o.vae_dtype)
+    text, *latents = given() if line.size == 1 else [x.to(o.device) for x in line.once(given)]
+    steps = own_experts(checkpoint, plan)
+    nets = {name: load_denoiser(checkpoint, name, o) for name in sorted(set(steps))}
+    prepared = live.prepare([nets[name] for name in steps], vae, text, None, latents)
+    how = o.seed, plan.window, o.shift, replace_ref, ring_class(plan)
+    return live.Live(prepared, *how) if line.size == 1 else Relay(prepared, line, o.steps, *how)
 
 
 def ring_class(plan):
@@ -129,25 +137,34 @@ def run_live(args, sample):
     with default_float32(), torch.inference_mode():
         plan, speech = make_plan(pipeline, args)
         print(plan, flush=True)
-        rate = expected(plan, pipeline.checkpoint)
-        print(f"speed    about {rate:.1f} frames/s expected, {rate / plan.fps:.2f} times real time", flush=True)
+        if plan.line.last:
+            rate = expected(plan, pipeline.checkpoint)
+            print(f"speed    about {rate:.1f} frames/s expected, {rate / plan.fps:.2f} times real time", flush=True)
+        if args.world:
+            args.world.line_up(plan.config.device)
         stream(plan, speech, pipeline.checkpoint, args, pipe, sample.START)
     return 0
 
 
 def stream(plan, speech, checkpoint, args, pipe, start):
     o, fps, shift = plan.config, plan.fps, args.av_offset / plan.fps
-    video = open_live(checkpoint, plan, args.replace_ref)
+    video, alone = open_live(checkpoint, plan, args.replace_ref), plan.line.size == 1
     if speech is None:
         under = Under(RATE, 1, fps, shift)
-        sound = from_pipe(sys.stdin.buffer, checkpoint, o, fps, plan.frames, under.hear)
+        sound = from_pipe(sys.stdin.buffer, checkpoint, o, fps, plan.frames, under.hear if alone else video.samples.append)
     else:
         from media.sound import cut
         kept = speech.recording
         under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, cut(speech.path, kept, speech.start, speech.duration))
         sound = from_file(speech, checkpoint, o, fps, plan.frames)
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
-    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None)
+    if not alone:
+        sound = video.blocks(sound, under.hear)
+    if not plan.line.last:
+        for features, _ in sound:
+            video.latents(onto(features, o.device))
+        return
+    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None, None if alone else lambda: video.note.heard)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
     if writer.file != writer.path:
         print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
@@ -168,16 +185,21 @@ def stream(plan, speech, checkpoint, args, pipe, start):
           f"{writer.frames / fps:.3f} s at {fps:g} fps", flush=True)
 
 
+def onto(features, device):
+    """Of a block, from the host -> (1, S, C, 12)"""
+    return features[None] if device.type == "cpu" else features[None].pin_memory().to(device, non_blocking=True)
+
+
 def pictures(video, sound, device, all_there):
     """Yield per block its frames (3, P, height, width) and how many frames there will be in all.  all_there: the sound need not be waited for"""
     if device.type == "cpu":
         for features, total in sound:
-            yield video.block(features[None])[0], total
+            yield video.block(onto(features, device))[0], total
         return
     from fast.rings import Beside
     beside, waiting = Beside(video), deque()
     for features, total in sound:
-        waiting.append((beside(video.latents(features[None].pin_memory().to(device, non_blocking=True))), total))
+        waiting.append((beside(video.latents(onto(features, device))), total))
         if len(waiting) > all_there:                                 # the block before it, while this one is being made
             frames, total = waiting.popleft()
             yield frames()[0], total
@@ -186,10 +208,13 @@ def pictures(video, sound, device, all_there):
 
 
 class Clock:
-    """A bar that says frames per second and how the stream stands to real time: ahead of it, behind it; or, for live input, how late it is."""
+    """A bar that says frames per second and how the stream stands to real time: ahead of it, behind it; or, for live input, how late it is.
 
-    def __init__(self, fps, total, live_input):
-        self.fps, self.live_input, self.frames, self.begin, self.heard, self.late, self.seconds = fps, live_input, 0, None, 0.0, [], 0.0
+    heard  says when the sound of the block at hand was there, if another process has heard it: then many blocks are being made at once
+    """
+
+    def __init__(self, fps, total, live_input, heard=None):
+        self.when, self.fps, self.live_input, self.frames, self.begin, self.heard, self.late, self.seconds = heard, fps, live_input, 0, None, 0.0, [], 0.0
         self.bar = tqdm(total=total, unit="frame", bar_format="{desc}: {n_fmt} frames [{elapsed}{postfix}]" if total is None else None)
 
     def __enter__(self):
@@ -201,14 +226,14 @@ class Clock:
     def waiting(self, sound):
         """The blocks of a sound, noting when each had been heard."""
         for block in sound:
-            self.heard = time.perf_counter()
+            self.heard = self.when() if self.when else time.perf_counter()
             self.begin = self.begin or self.heard
             yield block
 
     def wrote(self, frames):
         now = time.perf_counter()
         self.frames, self.late = self.frames + frames, [*self.late[-99:], now - self.heard]
-        self.seconds += now - self.heard
+        self.seconds = now - self.begin if self.when else self.seconds + now - self.heard
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
         ahead = self.frames / self.fps - (now - self.begin)
         away = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} real time"

@@ -10,6 +10,7 @@ import live
 from fast.plan import MemoryPlan, RunConfig, activation_bytes, frame_size, weigh
 from fast.plan_text import size_table
 from fast.probe import GIB, free_memory
+from fast.relay import Line
 from media.sound import RATE
 from model import PATCH, expert_index
 
@@ -22,7 +23,8 @@ def options(parser):
     """The command line's part about streams."""
     g = parser.add_argument_group("live", "blocks of 12 frames that are written while they are made; --audio - takes 16-bit 16 kHz mono from "
                                           "standard input, --out - writes to standard output; see docs/live.md")
-    g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar)")
+    g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar); under torchrun several GPUs "
+                   "share its steps")
     g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
                    "--live); a strength that the file does not name is said (default: live.safetensors in the checkpoint's folder or in that of the "
                    "same name and -live, if there is one)")
@@ -64,6 +66,8 @@ class LivePlan:
     free: object
     fp8: bool                    # are the denoiser's large matrices float8?
     early: int                   # frames by which mouths lead the sound
+    line: Line = Line()          # the place of this process among those that make the stream
+    each: tuple = ()             # bytes of memory of all of them, in line
 
     @property
     def room(self):
@@ -79,8 +83,18 @@ class LivePlan:
             f"video    live: {self.width}x{self.height}, {length}, at {self.fps:g} fps, in blocks of {FRAMES}{leads * bool(self.early)}",
             f"sampler  Euler, {o.steps} steps, shift {o.shift:g} twice, no guidance, seed {o.seed}",
             f"weights  {size_table(self.sizes)}",
+            *self.ranks(),
             f"memory   {sum(self.memory.values()) / GIB:.2f} of {self.room / GIB:.1f} GiB: "
             f"{', '.join(f'{name} {size / GIB:.2f}' for name, size in self.memory.items())}; the same however long the stream is"))
+
+
+    def ranks(self):
+        """Yield a line about the other processes, if there are any."""
+        if (size := self.line.size) > 1:
+            steps, each = (", ".join(words) for words in zip(*((str(len(Line(rank, size).steps(self.config.steps))), f"{taken / GIB:.2f}")
+                                                               for rank, taken in zip((*range(1, size), 0), self.each))))
+            yield (f"ranks    {size} in line, the last is rank 0, which decodes: {steps} steps of every block; {each} GiB of memory; "
+                   "below is that of rank 0")
 
 
 def make_plan(pipeline, args):
@@ -104,6 +118,8 @@ def make_plan(pipeline, args):
     names = ("image", "prompt", "size", "enlarge", "seed", "frames", "start", "duration")
     config = RunConfig(**pipeline.choices, audio=args.audio, steps=args.steps or live.STEPS, shift=args.shift or live.SHIFT,
                        **{name: getattr(args, name) for name in names}).resolve(checkpoint)
+    line = Line(args.world.rank, args.world.size) if args.world else Line()
+    line.steps(config.steps)                                         # more processes than steps are refused
     height, width, _ = frame_size(config, "s2v", checkpoint.configs["vae"].stride[1])
     speech, frames = None, math.inf
     if args.audio == "-":
@@ -118,25 +134,29 @@ def make_plan(pipeline, args):
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
     plan = LivePlan(config, height, width, fps, args.window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
                     free_memory(pipeline.device, pipeline.vram), fp8,
-                    0 if "picture_db" in checkpoint.sampling else live.WARM_UP)              # of drawn faces: trained to be on time
+                    0 if "picture_db" in checkpoint.sampling else live.WARM_UP, line)        # of drawn faces: trained to be on time
+    plan = replace(plan, each=tuple(sum(memory_of(replace(plan, line=Line(rank, line.size)), checkpoint).values())
+                                    for rank in (*range(1, line.size), 0)))
     return fitting(replace(plan, memory=memory_of(plan, checkpoint)), checkpoint), speech
 
 
 def memory_of(plan, checkpoint):
-    """Bytes on the device while a stream runs, by what takes them."""
+    """Bytes on the device of this process while a stream runs, by what takes them."""
     config, height, width, window = plan.config, plan.height, plan.width, plan.window
     from fast.rings8 import ring8_bytes
     from fast.vae_plan import vae_cuts
     cfg, vae = checkpoint.configs["denoiser"], checkpoint.configs["vae"]
     H, W = height // vae.stride[1], width // vae.stride[1]
-    n, experts, size = H * W // math.prod(PATCH), used_experts(checkpoint, config), config.dtype.itemsize
-    dtype = config.vae_dtype or torch.float32
-    coders = checkpoint.parts["vae"].parameters * dtype.itemsize + (plan.seconds is None) * 4 * checkpoint.parts["audio"].parameters
-    return {"denoiser": sum(weigh(checkpoint.parts[name], config)(None)[0] for name in experts),
-            "rings": ring8_bytes(cfg, n, config.steps, window) if plan.rings8 else live.ring_bytes(cfg, n, config.steps, window, size),
+    steps = own_experts(checkpoint, plan)
+    n, experts, count, size = H * W // math.prod(PATCH), sorted(set(steps)), len(steps), config.dtype.itemsize
+    dtype, parts = config.vae_dtype or torch.float32, checkpoint.parts
+    coder = plan.line.last * (parts["vae"].parameters * dtype.itemsize + vae_cuts(vae, H, W, dtype)[0][1])
+    encoder = plan.line.first * (plan.seconds is None) * 4 * parts["audio"].parameters
+    return {"denoiser": sum(weigh(parts[name], config)(None)[0] for name in experts),
+            "rings": ring8_bytes(cfg, n, count, window) if plan.rings8 else live.ring_bytes(cfg, n, count, window, size),
             "picture": len(experts) * cfg.n_layer * 6 * n * cfg.dim * size,
             "activations": int(activation_bytes(replace(config, guidance=(1.0,)), cfg, live.BLOCK * n, MemoryPlan(fp8=plan.fp8))),
-            "VAE": int(coders + vae_cuts(vae, H, W, dtype)[0][1])}
+            "VAE": int(coder + encoder)}
 
 
 def fitting(plan, checkpoint):
@@ -157,12 +177,14 @@ def experts_of_steps(checkpoint, config):
     return [checkpoint.experts[expert_index(t, checkpoint.boundary)] for t in live.schedule(config.steps, config.shift)[1].tolist()]
 
 
-def used_experts(checkpoint, config):
-    return sorted(set(experts_of_steps(checkpoint, config)))
+def own_experts(checkpoint, plan):
+    """The same of the steps of this process."""
+    own = plan.line.steps(plan.config.steps)
+    return experts_of_steps(checkpoint, plan.config)[own.start:own.stop]
 
 
 def expected(plan, checkpoint):
-    """Frames per second, from a probe of a second or two: four forwards and the VAE, one after the other."""
+    """Frames per second, from a probe of a second or two: four forwards and the VAE, one after the other; on many GPUs those of the slowest."""
     from fast.estimate import forward_flops, forward_seconds, rates, vae_flops, vae_rate
     o, cfg, vae = plan.config, checkpoint.configs["denoiser"], checkpoint.configs["vae"]
     H, W = plan.height // vae.stride[1], plan.width // vae.stride[1]
@@ -170,4 +192,5 @@ def expected(plan, checkpoint):
     keys = tokens * (plan.window + 2.5) / live.BLOCK
     attend = rates(cfg, o, plan.fp8, tokens)[1]
     forward = forward_seconds(cfg, o, plan.fp8, tokens, tokens) + forward_flops(cfg, tokens, tokens)[1] * (keys / tokens - 1) / attend
-    return FRAMES / (o.steps * forward + live.BLOCK * vae_flops(vae, H, W)[1] / vae_rate(vae, plan))
+    decoding, line = live.BLOCK * vae_flops(vae, H, W)[1] / vae_rate(vae, plan), (Line(rank, plan.line.size) for rank in range(plan.line.size))
+    return FRAMES / max(len(place.steps(o.steps)) * forward + place.last * decoding for place in line)

@@ -152,10 +152,19 @@ class World:
         guidance = args.guidance or checkpoint.sampling["guidance"]
         guidance = guidance if isinstance(guidance, (tuple, list)) else (guidance,)
         split, device = choose_split(self.size, args.parallel, checkpoint.configs["denoiser"].n_head, guidance), torch.device(args.device)
+        self.connect(device, "nccl" if device.type == "cuda" else "gloo")
+        return Ranks(self.rank, split)
+
+    def connect(self, device, backend, **options):
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=self.pairing, rank=self.rank, world_size=self.size)
-        return Ranks(self.rank, split)
+        dist.init_process_group(backend, store=self.pairing, rank=self.rank, world_size=self.size, **options)
+
+    # ---- a stream, of which each makes some steps
+
+    def line_up(self, device):
+        """Connect all ranks for a stream, see fast/relay.py, which waits for its sound however long that pauses."""
+        self.connect(device, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=365))
 
     # ---- many videos, each by one
 
@@ -194,11 +203,11 @@ def run_rank(argv, program):
 def work(world, args, program):
     if args.parallel == "batch" and args.batch is None or args.batch is not None and args.parallel not in ("auto", "batch"):
         raise ValueError("--batch gives every rank its own videos, which is --parallel batch; the others make one video together: leave one out")
-    if args.live:
-        raise ValueError("--live runs in one process, on one GPU: leave torchrun out")
+    if args.live and args.parallel != "auto":
+        raise ValueError(f"--live gives every process some of the steps of a block: leave out --parallel {args.parallel}")
     args.device = str(pick_device(args.device, world.local))
     args.world = world
-    if world.rank == 0 or args.batch is not None:
+    if world.rank == 0 or args.batch is not None or args.live:
         return program.main(args)
     pipeline = program.open_pipeline(args)
     plan = program.plan_of(pipeline, args)

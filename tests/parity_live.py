@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import live
 from fast import fp8
+from fast.relay import Relay
 from formats import checkpoints, lora, names
 from media.pictures import fit_picture, s2v_size
 from model import MOTION_LATENTS, Config, per_token, rope_table, token_positions
@@ -224,24 +225,33 @@ def clips(meta, golden, run):
             yield name, ours[name][0], theirs
 
 
-def pipeline_of_gpus(meta, golden, run):
-    """The program for five GPUs, here in one process: a reference from one frame, motion from 73, one VAE stream, and a second sink pass with
-    the first latent that was made."""
+def pipeline_of_gpus(meta, golden, run, line=None):
+    """The program for five GPUs: a reference from one frame, motion from 73, one VAE stream, and a second sink pass with the first latent that
+    was made. In one process; or, given the Line of one of many (tests/test_relay.py), in all of them, of which the last compares."""
     call, coder, steps = meta["calls"]["video"], network(meta["modules"]["vae"]), meta["calls"]["video"]["sampling_steps"]
     n, picture = call["infer_frames"], reference_picture(meta, call)
     sound = value(meta, "audio_emb")
-    ref, motion = coder.encode(picture), coder.encode(picture.repeat(1, 1, 73, 1, 1))
+    def encoded():
+        return coder.encode(picture), coder.encode(picture.repeat(1, 1, 73, 1, 1))
+    ref, motion = line.once(encoded) if line else encoded()
     distances = [value(meta, f"relative_dist_{rank}").flatten().tolist() for rank in range(steps)]
     noise = torch.cat([value(meta, name)[None] for name in meta["inputs"] if name.startswith("noise")], dim=2)
-    stream = begin(meta, run, ref, motion, steps, n // 4, "noise_model")
-    cache, made, frames = new_cache(coder.decoder), [], []
-    live.decode(coder, motion[:, :, :live.LEAD_LATENTS], cache)
-    for block in range(noise.shape[2] // 3):
-        if stream.frame == stream.window:
-            again(meta, stream, made[0][:, :, :1], motion)
-        draws = iter([rank[block] for rank in distances])
-        made.append(stream.block(noise[:, :, 3 * block:3 * block + 3], sound[..., 12 * block:12 * block + 12], lambda: next(draws)))
-        frames.append(live.decode(coder, made[-1], cache)[:, :, 0 if block else live.WARM_UP:])
+    own = line.steps(steps) if line else range(steps)
+    nets, cache, made, frames = [run(network(meta["modules"]["noise_model"]))] * len(own), new_cache(coder.decoder), [], []
+    if line is None or line.last:
+        live.decode(coder, motion[:, :, :live.LEAD_LATENTS], cache)
+    picture = live.Picture(nets, coder, value(meta, "context")[None], motion, passes(meta, nets, ref, motion), cache)
+    options = dict(window=n // 4, replace_ref=True)
+    stream = Relay(picture, line, steps, **options) if line else live.Live(picture, **options)
+    blocks, draws = noise.split(live.BLOCK, dim=2), iter([d for row in zip(*distances, strict=True) for d in row])
+    stream.noise, stream.draw = lambda audio, given=iter(blocks): next(given).float(), lambda: next(draws)
+    heard = ((sound[..., 12 * block:12 * block + 12][0], math.inf) for block in range(len(blocks)))
+    for features, _ in stream.blocks(heard, None) if line else heard:
+        made.append(stream.latents(features[None]))
+        if line is None or line.last:
+            frames.append(stream.frames(made[-1]))
+    if line and not line.last:
+        return
     video, latents = torch.cat(frames, dim=2), torch.cat(made, dim=2)
     yield "frames", video.shape[2], meta["scalars"]["frames"], 0
     yield "warm_up", motion[0, :, :live.LEAD_LATENTS], golden["warm_up"]
