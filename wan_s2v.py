@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fast.plan import FPS, WARM_UP, Plan, RunConfig, keepable, make_plan, warm_up
 from fast.probe import any_terminal, cap_memory, free_memory, memory_used, pick_device, private_memory, synchronize
-from formats.checkpoints import open_checkpoint
+from formats.checkpoints import NETWORKS, open_checkpoint
 from jobs import stop
 from media.pictures import fit_i2v, fit_picture, fit_ti2v, load_image
 from sampling import Experts, denoise, make_solver
@@ -313,6 +313,7 @@ class ClipInputs:
 def generate_s2v(checkpoint, plan, stage, progress, keep=NOTHING):
     """The stages of an S2V video; yields the frames of each clip (1, 3, P, height, width)."""
     o, size, n = plan.config, (plan.height, plan.width), plan.config.clip_frames
+    experts = load_experts(checkpoint, plan, stage)
     with stage("text"):
         if checkpoint.sampling.get("picture_db"):                    # a checkpoint of drawn faces, see `warn_unless_known`
             from tiny import faces
@@ -336,7 +337,7 @@ def generate_s2v(checkpoint, plan, stage, progress, keep=NOTHING):
     from media.frames import load_pose
     pose = [partial(load_pose, o.pose_video, n, size, FPS, clip * n, o.official) if o.pose_video else None for clip in range(plan.clips)]
     inputs = ClipInputs(text, negative, audio, picture, noise, pose, checkpoint.configs["denoiser"].motion_frames)
-    yield from make_clips(inputs, vae, load_experts(checkpoint, plan, stage), o, stage, progress, keep)
+    yield from make_clips(inputs, vae, experts, o, stage, progress, keep)
 
 
 def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
@@ -406,7 +407,7 @@ def encode_pose(vae, read, device):
 
 def generate_video(checkpoint, plan, stage, progress, keep=NOTHING):
     """The stages of a video of one clip; yields its frames (1, 3, P, height, width)."""
-    o = plan.config
+    o, experts = plan.config, load_experts(checkpoint, plan, stage)
     with stage("text"):
         text, negative = encode_text(checkpoint, (o.prompt, o.negative_prompt), plan)
     image = clean = None
@@ -420,7 +421,7 @@ def generate_video(checkpoint, plan, stage, progress, keep=NOTHING):
             else:
                 clean = vae.encode(picture)
     positive = dict(shape=plan.latent_shape, text=text, image=image, clean_frames=0 if clean is None else 1)
-    experts = load_experts(checkpoint, plan, stage).begin(positive, dict(positive, text=negative), o.guidance)
+    experts = experts.begin(positive, dict(positive, text=negative), o.guidance)
     noise = draw_noise((1, vae.config.z_dim, *plan.latent_shape), o.seed, o.device, torch.float32)
     vae.to("cpu")                                                    # leaves its room to the denoiser
     latents = run_sampler(experts, o, noise, stage, partial(progress, 0), keep, clean)
@@ -477,20 +478,21 @@ def load_experts(checkpoint, plan, stage):
     """The denoisers, each loaded when its steps come: as model.py has them on a CPU, by fast/ on a GPU. While the first works, the files of the
     second are read into the system's memory, where there is room: the switch then waits for no disk."""
     o, m = plan.config, plan.memory
+    plain = o.device.type == "cpu" and not (o.compile or o.attention8 or checkpoint.ranks)
+    if not plain:
+        from fast import attention8, blocks, offload                 # here: a CPU does without
+        wait = blocks.get_ready(NETWORKS["denoiser"], plan.denoiser, o.device, o.compile)
 
     def load(name):
         with stage("load" if name == checkpoint.experts[0] else "switch"):
             net = checkpoint.load(name, o.device, o.dtype, o.fp8, m.resident)
-        if o.device.type == "cpu" and not (o.compile or o.attention8 or checkpoint.ranks):
+        if plain:
             return net
-        from fast import blocks                                      # here: a CPU does without
-        from fast.attention8 import attention8
-        blocks.verify(type(net), net.cfg)
+        wait()
         for other in checkpoint.experts[1:]:
             if name != other and m.host + checkpoint.parts[other].nbytes < plan.free.host:
-                from fast.offload import read_ahead
-                read_ahead(checkpoint.parts[other].tensors)
-        how = m.chunk, attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers
+                offload.read_ahead(checkpoint.parts[other].tensors)
+        how = m.chunk, attention8.attention8 if o.attention8 else blocks.attend, o.compile, m.host_layers
         if checkpoint.ranks is None:
             return blocks.FastDenoiser(net, *how)
         from fast.parallel import ParallelDenoiser

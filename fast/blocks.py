@@ -15,6 +15,7 @@ A change of model.py's `Block.project`, `finish` or `audio_cross_attention` acts
 """
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -271,3 +272,13 @@ def verify(denoiser, cfg):
             if not gap < 1e-4:                                       # rounding gives 1e-6
                 raise ValueError(f"fast/blocks.py does not compute what model.py computes{kind} (relative L2 {gap:.1e}): repeat there what "
                                  "Block.forward or Denoiser.forward do now, or put it into project, finish or audio_cross_attention")
+
+
+def get_ready(denoiser, cfg, device, compile):
+    """`verify`, and what torch.compile does before it first compiles on a GPU, imports and starting its processes: seconds, in a thread, beside the
+    loading of other networks -> function that waits for it and raises what it raised"""
+    def work():
+        verify(denoiser, cfg)
+        if compile and device.type == "cuda":
+            torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    return ThreadPoolExecutor(1).submit(work).result
