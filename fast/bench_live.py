@@ -261,7 +261,7 @@ def main(args):
             raise ValueError(f"--ranks wants 2 to {args.steps}, a step for each, got {args.ranks}")
         sys.exit(bench_ranks.launch(args, sys.argv[1:], "fast.bench_live"))
     device = bench_ranks.local_device(args.device) if ranks else pick_device(args.device)
-    if device.type == "cuda":
+    if ranks and device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks and int(os.environ["RANK"]):
         sys.stdout = open(os.devnull, "w")                           # rank 0 speaks for all
