@@ -299,8 +299,8 @@ def parser():
     p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own, and measure a step on all of them")
     p.add_argument("--parallel", choices=("auto", "guidance", "sequence"), default="auto", help="with --ranks: as in sample.py (default: auto)")
     p.add_argument("--simulate", type=lambda text: [int(n) for n in text.split(",")], metavar="N,N", help="expected times of so many GPUs")
-    p.add_argument("--link", type=float, default=300.0, metavar="GB/s", help="what a GPU sends to the others of its machine together (default 300: "
-                   "NVLink 4 has 450 each way)")
+    p.add_argument("--link", type=float, default=200.0, metavar="GB/s", help="what a GPU sends to the others of its machine together (default 200: "
+                   "measured on 4 H200s, waiting included)")
     p.add_argument("--network", type=float, default=40.0, metavar="GB/s", help="what a GPU sends to other machines (default 40: 400 Gbit/s each)")
     p.add_argument("--per-machine", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     p.add_argument("--steps", type=int, default=40, help="of a simulated clip (default 40)")
