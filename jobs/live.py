@@ -97,7 +97,7 @@ class Under:
         self.waiting = deque([np.zeros((max(0, round(shift * rate)), channels), np.float32)])
 
     def hear(self, samples):
-        self.waiting.append(np.asarray(samples, np.float32).reshape(len(samples), -1))
+        self.waiting.append(np.asarray(samples, np.float32).reshape(len(samples), self.channels))
 
     def below(self, frames):
         """The samples under the next so many frames; fewer where there are no more."""
@@ -164,7 +164,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         for features, _ in sound:
             video.latents(onto(features, o.device))
         return
-    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, speech is None, None if alone else lambda: video.note.heard)
+    waits = (FRAMES + live.WARM_UP - plan.early) / fps + AHEAD if speech is None else None                # the first sound of a block, for its last
+    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, None if alone else lambda: video.note.heard)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
     if writer.file != writer.path:
         print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
@@ -191,10 +192,11 @@ def onto(features, device):
 
 
 def pictures(video, sound, device, all_there):
-    """Yield per block its frames (3, P, height, width) and how many frames there will be in all.  all_there: the sound need not be waited for"""
+    """Yield frames (3, P, height, width), a block's or a part of it, and how many there will be in all.  all_there: the sound need not be waited for"""
     if device.type == "cpu":
         for features, total in sound:
-            yield video.block(onto(features, device))[0], total
+            for latents in video.latents(onto(features, device)).split(live.BLOCK if all_there else 1, dim=2):      # seen as soon as it can be
+                yield video.frames(latents)[0], total
         return
     from fast.rings import Beside
     beside, waiting = Beside(video), deque()
@@ -210,11 +212,14 @@ def pictures(video, sound, device, all_there):
 class Clock:
     """A bar that says frames per second and how the stream stands to real time: ahead of it, behind it; or, for live input, how late it is.
 
-    heard  says when the sound of the block at hand was there, if another process has heard it: then many blocks are being made at once
+    waits  of live input, seconds between the first sound of a block and the last that it needs; None: a file
+    when   says when the sound of the block at hand was there, if another process has heard it: then many blocks are being made at once
     """
 
-    def __init__(self, fps, total, live_input, heard=None):
-        self.when, self.fps, self.live_input, self.frames, self.begin, self.heard, self.late, self.seconds = heard, fps, live_input, 0, None, 0.0, [], 0.0
+    def __init__(self, fps, total, waits, when=None):
+        self.fps, self.waits, self.when, self.frames, self.begin, self.late, self.seconds = fps, waits, when, 0, None, [], 0.0
+        self.heard = self.wrote_at = 0.0                             # when the sound of the block at hand was there, and when frames were last written
+        self.shown = 0                                               # frames of the block at hand that are written
         self.bar = tqdm(total=total, unit="frame", bar_format="{desc}: {n_fmt} frames [{elapsed}{postfix}]" if total is None else None)
 
     def __enter__(self):
@@ -227,17 +232,18 @@ class Clock:
         """The blocks of a sound, noting when each had been heard."""
         for block in sound:
             self.heard = self.when() if self.when else time.perf_counter()
-            self.begin = self.begin or self.heard
+            self.begin, self.shown = self.begin or self.heard, 0
             yield block
 
     def wrote(self, frames):
         now = time.perf_counter()
-        self.frames, self.late = self.frames + frames, [*self.late[-99:], now - self.heard]
-        self.seconds = now - self.begin if self.when else self.seconds + now - self.heard
+        self.late = [*self.late[-99:], now - self.heard - self.shown / self.fps]                 # as if all of a block came with its first frame
+        self.seconds = now - self.begin if self.when else self.seconds + now - max(self.heard, self.wrote_at)
+        self.frames, self.shown, self.wrote_at = self.frames + frames, self.shown + frames, now
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
         ahead = self.frames / self.fps - (now - self.begin)
         away = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} real time"
-        said += f"{1000 * self.late[-1]:.0f} ms after it was heard" if self.live_input else away
+        said += f"{1000 * self.late[-1]:.0f} ms after it was heard" if self.waits else away
         self.bar.set_postfix_str(said)
         self.bar.update(frames)
 
@@ -246,5 +252,5 @@ class Clock:
             return "nothing was made"
         rate = self.frames / max(self.seconds, 1e-9)
         said = f"{rate:.1f} frames/s while working, {rate / self.fps:.2f} times real time"
-        latency = FRAMES / self.fps + AHEAD + sorted(self.late)[len(self.late) // 2]
-        return said + f"; a sound is seen at most {latency:.2f} s after it was heard, in the median block" * self.live_input
+        return said if self.waits is None else \
+            f"{said}; a sound is seen at most {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after it was heard, in the median"
