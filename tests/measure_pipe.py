@@ -56,8 +56,10 @@ def main(args, others):
     times, apart = np.arange(len(delays)) / args.fps, [(args.seconds / 4, args.stall), (args.seconds * 3 / 4, args.pause)]
     steady = np.all([(times < at - 1) | (times > at + 2 + seconds) for at, seconds in apart if seconds] or [times >= 0], axis=0)
     first, last = (np.abs(times - at) < 2.5 for at in (2.5, times[-1] - 2.5))
-    print(f"status {status}, {len(delays)} frames for {args.seconds:g} s of sound; delay at most {delays[steady].max():.2f} s, median "
-          f"{np.median(delays[steady]):.2f}; at most {delays[first & steady].max():.2f} in the first 5 s, {delays[last & steady].max():.2f} in the last 5")
+    print(f"status {status}, {len(delays)} frames for {args.seconds:g} s of sound")
+    for name, those in (("all", times >= 0), ("first 5 s", first), ("last 5 s", last)):
+        if (those & steady).any():
+            print(f"{name}: delay at most {delays[those & steady].max():.2f} s, median {np.median(delays[those & steady]):.2f}")
     print("".join(line for line in said if line.startswith(("speed", "error"))), end="")
 
 
