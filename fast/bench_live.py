@@ -8,6 +8,7 @@
 A way is how blocks are made once rings are full; words joined by +:
     plain    denoiser, then VAE                     beside   the VAE decodes while the next block is denoised, for sound that is there already
     rings8   rings and attention in 8 bits          graphs   forwards as CUDA graphs
+    whole    the VAE decodes the three latents of a block at once                    tuned    cuDNN tries its kernels for each convolution
 Every way begins a stream of its own, fills its rings (and captures its graphs) and is then timed over --blocks blocks, frames copied to the host.
 First frames are timed from a process that has made a stream before: with a new picture, and with one that was prepared. The prompt is umT5's
 output already. The last line is JSON.
@@ -41,6 +42,7 @@ from model import PATCH
 from sample import DTYPES, size
 from tiny import random_weights
 
+WORDS = ("plain", "beside", "rings8", "graphs", "whole", "tuned")
 WAYS = ("plain", "beside", "rings8", "rings8+beside", "graphs", "rings8+graphs+beside")
 FRAMES = 4 * live.BLOCK
 
@@ -103,6 +105,8 @@ def make(bench, video, blocks, beside):
 def way(bench, picture, name):
     """-> dict of what was measured"""
     words = name.split("+")
+    bench.vae.chunk = lambda chunk: live.BLOCK if "whole" in words else type(bench.vae).chunk(bench.vae, chunk)
+    torch.backends.cudnn.benchmark = "tuned" in words
     video = bench.begin(picture, Ring8 if "rings8" in words else GPURing)
     graphs, beside = BlockGraphs(video.stream) if "graphs" in words else None, Beside(video) if "beside" in words else None
     warm = bench.args.window // live.BLOCK * 2 + 2
@@ -267,13 +271,13 @@ def main(args):
         sys.stdout = open(os.devnull, "w")                           # rank 0 speaks for all
     live.check_window(args.window)
     for name, value, ok, want in (("size", args.size, not (args.size[0] % 64 or args.size[1] % 64), "multiples of 64"),
-                                  ("ways", args.ways, all(set(name.split("+")) <= {"plain", "beside", "rings8", "graphs"} for name in args.ways),
-                                   "words of plain, beside, rings8, graphs"),
+                                  ("ways", args.ways, all(set(name.split("+")) <= set(WORDS) for name in args.ways),
+                                   f"words of {', '.join(WORDS)}"),
                                   ("blocks", args.blocks, args.blocks > 0, "1 or more")):
         if not ok:
             raise ValueError(f"--{name} wants {want}, got {value}")
     if device.type == "cpu":
-        args.ways, args.compile, args.fp8 = ["plain"], False, False
+        args.ways, args.compile, args.fp8 = [name for name in args.ways if name in ("plain", "whole")] or ["plain"], False, False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, commit {commit()}, live at {args.size[0]}x{args.size[1]}, {args.steps} steps, window {args.window}"
           f"{', fp8' * args.fp8}{', compiled' * args.compile}", flush=True)
