@@ -158,8 +158,8 @@ def test_training_by_it_writes_loras(tmp_path, monkeypatch):
     """`train.py live` on made-up stretches: two steps, one per expert, and files that merge."""
     def drawn(nets, sound, tokens, n, g):
         T = 3 * streams.BLOCKS
-        latents, ref, still = (torch.randn(n, 16, frames, 16, 16, generator=g) for frames in (T, 1, 1))
-        return streams.Stretches(latents, ref, still, torch.randn(n, 5, 64, 4 * T, generator=g), torch.ones(n, 1, T, 16, 16), tokens([""] * n))
+        latents, ref, still = (torch.randn(n, 16, frames, 8, 8, generator=g) for frames in (T, 1, 1))
+        return streams.Stretches(latents, ref, still, torch.randn(n, 5, 64, 4 * T, generator=g), torch.ones(n, 1, T, 8, 8), tokens([""] * n))
     monkeypatch.setattr(streams, "drawn_stretches", drawn)
     soundfile.write(tmp_path / "a.wav", np.zeros(16000, np.int16), 16000)
     assert train.main(["live", *f"--speech {tmp_path} --out {tmp_path} --to {tmp_path}/live --steps 2 --batch 1 --pool 2 --fresh 1 --lora 2 "
