@@ -19,7 +19,7 @@ import math
 import re
 import sys
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -83,6 +83,7 @@ def rng(seed):
     return np.random.RandomState(zlib.crc32(seed.encode("utf-8")))
 
 
+@cache                                                               # a case is computed twice
 def weight(seed, name, shape):
     """One tensor of a state dict by the rules of golden/SPEC.md section 1 -> float32."""
     n = rng(seed).standard_normal(tuple(shape))
@@ -101,7 +102,8 @@ def weight(seed, name, shape):
 
 def entries(module):
     """A module of a case as if it lay in a file: {official name: Entry}"""
-    return {name: checkpoints.Entry(Path("golden"), tuple(shape), torch.float32, partial(weight, module["crc_name_prefix"] + name, name, shape))
+    def read(name, shape): return weight(module["crc_name_prefix"] + name, name, shape).clone()
+    return {name: checkpoints.Entry(Path("golden"), tuple(shape), torch.float32, partial(read, name, tuple(shape)))
             for name, shape in module["state_dict"].items()}
 
 

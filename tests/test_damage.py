@@ -29,11 +29,12 @@ from media.given import check_length
 from media.sound import announced
 from media.terminal import Printed, shown
 from media.video import open_writer
+from kill_runs import quick
 from test_published import denoiser_kind, write_gguf
 
 HERE = Path(__file__).parents[1]
 TINY, VOICE, FACE = HERE / "weights" / "tiny", str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
-QUICK = ["--audio", VOICE, "--image", FACE, "--steps", "1", "--size", "64x64", "--clip-frames", "16", "--clips", "1"]
+QUICK = ["--audio", VOICE, "--image", FACE, "--steps", "1", "--size", "64x64", "--clip-frames", "16", "--clips", "1", *quick()]
 
 
 def refused(call, *parts):

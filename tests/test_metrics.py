@@ -15,7 +15,8 @@ from PIL import Image
 
 from media.sound import RATE
 from media.video import VideoWriter
-from tiny import evaluate, faces, metrics, random_weights
+from tests.kill_runs import quick
+from tiny import evaluate, faces, metrics
 from tiny.faces import FPS
 
 P = 64                       # frames: 4 seconds
@@ -224,13 +225,11 @@ def test_bad_input(tmp_path, capsys):
 
 def test_evaluate_on_random_numbers(tmp_path, capsys):
     """A checkpoint of random numbers: everything runs, and nothing is taken for right."""
-    folder = tmp_path / "tiny"
-    random_weights.ensure_tiny(folder)
     (tmp_path / "speech").mkdir()
     for i, wav in enumerate(speech(2)):
         soundfile.write(tmp_path / "speech" / f"{i}.wav", wav.numpy(), RATE)
     out = tmp_path / "out"
-    assert evaluate.main(["--ckpt", str(folder), "--speech", str(tmp_path / "speech"), "--videos", "2", "--silent", "1", "--people", "3",
+    assert evaluate.main([*quick(), "--speech", str(tmp_path / "speech"), "--videos", "2", "--silent", "1", "--people", "3",
                           "--seconds", "2", "--clips", "1", "--clip-frames", "24", "--steps", "1", "--guidance", "1",
                           "--out", str(out)]) == 0
     n = json.loads(capsys.readouterr().out.splitlines()[-1])

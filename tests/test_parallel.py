@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,14 +87,22 @@ def nets():
             yield f"{task} {', '.join(case)}", net, latents, given | case
 
 
-def velocities(rank, split):
-    """-> {case: gaps of both branches to one process}"""
-    ranks, gaps, t = Ranks(rank, split), {}, torch.tensor([700.0])
+@cache
+def both_branches():
+    """What one process makes of them -> {case: (net, latents, arguments of both branches, their velocities)}"""
+    made, t = {}, torch.tensor([700.0])
     for name, net, latents, given in nets():
         other = given | dict(text=given["text"].flip(1)) | (dict(audio=0 * given["audio"]) if "audio" in given else {})
-        want = [net(latents, t, net.prepare(**case)) for case in (given, other)]
+        made[name] = net, latents, (given, other), [net(latents, t, net.prepare(**case)) for case in (given, other)]
+    return made
+
+
+def velocities(rank, split, cases):
+    """-> {case: gaps of both branches to one process}"""
+    ranks, gaps, t = Ranks(rank, split), {}, torch.tensor([700.0])
+    for name, (net, latents, arguments, want) in cases.items():
         shared = ParallelDenoiser(net, ranks=ranks, chunk=13)
-        run, uncond = shared.prepare(**given), shared.prepare(**other)
+        run, uncond = (shared.prepare(**given) for given in arguments)
         got = [*shared.both(latents, t, run, uncond), shared(latents, t, run)]                       # the last: without guidance
         gaps[name] = [gap(*pair) for pair in zip(got, [*want, want[0]], strict=True)]
     return gaps
@@ -101,26 +110,29 @@ def velocities(rank, split):
 
 @pytest.mark.parametrize("split", SPLITS + [(2, 1), (1, 2), (1, 4), (2, 3), (1, 6), (1, 12)] * MORE, ids=str)
 def test_the_velocity_of_every_task(split, tmp_path):
-    for found in on_ranks(split[0] * split[1], tmp_path, velocities, split):
+    for found in on_ranks(split[0] * split[1], tmp_path, velocities, split, both_branches()):
         print(found)
         assert len(found) == 6 and all(each < TOLERANCE for gaps in found.values() for each in gaps), found
 
 
-def all_at_once(rank, split):
+def all_at_once(rank, split, tensors, wanted):
     """-> gaps to one process: float8 and streamed; and 8-bit attention, with text keys on the host"""
-    tensors, gaps, ranks = quantized(as_entries(random_net(TINY).state_dict())), [], Ranks(rank, split)
-    whole = stream(empty(TINY, tensors), tensors, CPU, as_stored)
-    for attend, how in ((blocks.attend, {}), (attention8, dict(host_layers=True))):
+    gaps, ranks = [], Ranks(rank, split)
+    for attend, how, want in ((blocks.attend, {}, wanted[0]), (attention8, dict(host_layers=True), wanted[1])):
         shared = ParallelDenoiser(streamed(empty(TINY, tensors), tensors, 2), 11, attend, MORE, ranks=ranks, **how)
         latents, t, runs = clip(shared, TINY)
-        got, one = shared.both(latents, t, *runs), blocks.FastDenoiser(whole, attend=attend)
-        gaps.append(max(gap(v, one(latents, t, cond)) for v, cond in zip(got, clip(one, TINY)[2])))
+        gaps.append(max(gap(v, one) for v, one in zip(shared.both(latents, t, *runs), want, strict=True)))
     return gaps
 
 
 def test_float8_streamed_in_8_bit_attention_on_every_rank(tmp_path):
     """Each head's numbers are those of one process, whoever computes it; with RANKS compiled too."""
-    for exact, eight in on_ranks(4, tmp_path, all_at_once, (2, 2)):
+    tensors, wanted = quantized(as_entries(random_net(TINY).state_dict())), []
+    for attend in (blocks.attend, attention8):
+        one = blocks.FastDenoiser(stream(empty(TINY, tensors), tensors, CPU, as_stored), attend=attend)
+        latents, t, conds = clip(one, TINY)
+        wanted.append([one(latents, t, cond) for cond in conds])
+    for exact, eight in on_ranks(4, tmp_path, all_at_once, (2, 2), tensors, wanted):
         print(exact, eight)
         assert exact < TOLERANCE and eight < 1e-3                    # a difference of 1e-7 may round to another of 255 steps
 

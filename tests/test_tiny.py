@@ -70,15 +70,15 @@ def test_later_clip_remembers_the_past():
     checkpoint, wav = Networks(open_checkpoint(WEIGHTS), keep=False), load_audio(VOICE)
     plan = WanS2VPipeline(checkpoint).plan(audio=VOICE, image=FACE)
     vae, experts = checkpoint.load("vae", cpu, torch.float32), load_experts(checkpoint, plan, Stages())
-    (text, *_), (states, _) = encode_text(checkpoint, [""], plan), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 80)
+    (text, *_), (states, _) = encode_text(checkpoint, [""], plan), audio_features(checkpoint.load("audio", cpu, torch.float32), wav, 16, 40)
     green, yellow = (faces.apply(faces.held_out_identities(1), background=colour) for colour in ("green", "yellow"))
     past = faces.draw(yellow, torch.zeros(1, 73, 4), faces.articulation(wav, torch.arange(73) / 16)[None])
     with torch.no_grad():
         ref, motion = vae.encode(faces.reference(green, generator)[:, :, None]), vae.encode(past)
         seen = []
         for tokens in (motion, None):
-            arguments = dict(shape=(20, 16, 16), text=text, audio=states[None], ref=ref, motion=tokens)
-            noise = torch.randn(1, 16, 20, 16, 16, generator=torch.Generator().manual_seed(1))
+            arguments = dict(shape=(10, 16, 16), text=text, audio=states[None, ..., :40], ref=ref, motion=tokens)
+            noise = torch.randn(1, 16, 10, 16, 16, generator=torch.Generator().manual_seed(1))
             latents = denoise(experts.begin(arguments, arguments, (1.0,)), make_solver("unipc", 4, 3.0), noise)
             frame = vae.decode(latents[:, :, -2:])[0, :, -1]             # alone: nothing of the past but what was denoised
             stills = [faces.reference(face, torch.Generator().manual_seed(0))[0] for face in (yellow, green)]
@@ -90,6 +90,6 @@ def test_later_clip_remembers_the_past():
 
 def test_unknown_picture_is_said(tmp_path, capsys):
     metrics.to_picture(torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1).save(tmp_path / "noise.png")
-    assert sample.cli(["--image", str(tmp_path / "noise.png"), "--audio", str(VOICE), "--duration", "1", "--clip-frames", "20", "--steps", "1",
+    assert sample.cli(["--image", str(tmp_path / "noise.png"), "--audio", str(VOICE), "--clips", "1", "--clip-frames", "4", "--steps", "1",
                        "--out", str(tmp_path / "c.mp4"), "--device", "cpu"]) == 0
     assert "unlike the pictures" in capsys.readouterr().err

@@ -5,15 +5,15 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import types
+from functools import cache
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from PIL import Image
+from ranks import forked
 
 import convert_weights
 import sample
@@ -27,7 +27,7 @@ from media.video import VideoWriter
 from model import Config
 from text import TextConfig
 from tiny import clips as tiny_clips
-from tiny import faces, networks, optimise, stages
+from tiny import faces, networks, optimise, speech, stages
 from tiny.clips import Clips
 from vae import VAEConfig
 
@@ -35,7 +35,8 @@ STAGES = {"audio": ["audio"], "vae": ["vae"], "dit_both": ["dit"]} | {f"dit_{e}"
 STEPS = {"audio": 16, "vae": 12}                 # of the others 8
 CLIP, PAST = 16, 9                               # pixel frames, instead of 80 and 73
 SMALL = {
-    train: dict(CLIP=CLIP, PAST=PAST),
+    train: dict(CLIP=CLIP, PAST=PAST, load_audio=cache(train.load_audio), frames_at=cache(train.frames_at)),    # the same files again and again
+    speech: dict(load_folder=cache(speech.load_folder)),
     tiny_clips: dict(CLIP=CLIP, PAST=PAST),
     stages: dict(LONG=5, PHASES=((0.5, 1, 32, 2), (0.5, 5, 32, 1))),
     networks: dict(AUDIO_CONFIG=AudioConfig(dim=16, ffn_dim=16, n_head=2, n_layer=1, conv_dim=(8,) * 7, pos_kernel=4, pos_groups=2),
@@ -48,7 +49,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """The same code with small networks and short clips."""
+    """The same code with small networks and short clips, files read once."""
     with pytest.MonkeyPatch.context() as patch:
         for module, values in SMALL.items():
             for name, value in values.items():
@@ -80,8 +81,8 @@ def tone(seconds, seed=0):
     return (0.1 * buzz * np.maximum(0, np.sin(2 * np.pi * 4 * t + seed))).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory):
+@pytest.fixture(scope="module", name="speech")
+def speech_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech")
     for i in range(2):
         soundfile.write(folder / f"{i}.wav", tone(7, i), RATE)
@@ -258,33 +259,29 @@ def test_drawn_pictures_show_no_held_out_face(drawn, speech):
 
 # ---------------------------------------------------------------------------------------------------------- several processes
 
-PROCESS = """
-import torch
-from tiny import optimise
-optimise.start("cpu")
-rank, _ = optimise.world()
-a, unused, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 4, 3))
-a.grad, b.grad = torch.tensor([1.0, 2.0]) + rank, torch.full((3,), 10.0 * rank)
-optimise.average_gradients([a, unused, b])
-print(a.grad.tolist(), unused.grad, b.grad.tolist())
-"""
+def averaged(rank, folder, env):
+    """In a fork, of which it is the end."""
+    status = 1
+    try:
+        os.environ |= env | dict(RANK=str(rank))
+        optimise.start("cpu")
+        a, unused, b = (torch.nn.Parameter(torch.zeros(n)) for n in (2, 4, 3))
+        a.grad, b.grad = torch.tensor([1.0, 2.0]) + rank, torch.full((3,), 10.0 * rank)
+        optimise.average_gradients([a, unused, b])
+        (folder / str(rank)).write_text(f"{a.grad.tolist()} {unused.grad} {b.grad.tolist()}")
+        status = 0
+    finally:
+        os._exit(status)
 
 
-def test_gradients_are_averaged_over_processes():
+def test_gradients_are_averaged_over_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")         # works without any network
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME=loopback, OMP_NUM_THREADS="1")
-    processes = [subprocess.Popen([sys.executable, "-c", PROCESS], env=env | dict(RANK=str(rank)), text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, cwd=os.path.dirname(os.path.abspath(train.__file__))) for rank in range(2)]
-    try:
-        said = [process.communicate(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for out, err in said:
-        assert out == "[1.5, 2.5] None [5.0, 5.0, 5.0]\n", err
+    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME=loopback)
+    assert not forked(2, 60, averaged, tmp_path, env)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["[1.5, 2.5] None [5.0, 5.0, 5.0]"] * 2
 
 
 def test_device(monkeypatch):

@@ -143,11 +143,12 @@ TINY_S2V = {"boundary": 0.875, "guidance": [2.0, 2.0]}      # two experts, unlik
 
 
 def write_tiny(name, folder):
-    """The tiny random checkpoint of a name in our layout, into an existing folder. The VAE of tiny-quick has a twelfth of the work, for tests of
-    other things."""
+    """The tiny random checkpoint of a name in our layout, into an existing folder. tiny-quick is for tests of other things: its VAE
+    has a twelfth of the work, its denoiser a third of the layers."""
     task, configs = TINY[name], tiny(TINY[name])
     if name == "tiny-quick":
-        configs["vae"] = dataclasses.replace(configs["vae"], dim=4, dec_dim=4)
+        small = dict(vae=dict(dim=4, dec_dim=4), denoiser=dict(n_layer=2, audio_layers=(0,), audio_states=3), audio=dict(n_layer=2))
+        configs |= {kind: dataclasses.replace(configs[kind], **fields) for kind, fields in small.items()}
     make_tokenizer(folder / "tokenizer.json", [checkpoints.SAMPLING[task]["negative_prompt"]])
     sampling = TINY_SAMPLING | (TINY_S2V if task == "s2v-14B" else {})
     dtypes = dict.fromkeys(checkpoints.CONFIGS, torch.bfloat16)
