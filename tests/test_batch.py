@@ -105,27 +105,27 @@ def run_until(command, before, log, how):
 
 
 def test_killed_twice_and_run_again(tmp_path, capsys):
-    """7 jobs, 3 of them bad; kill -9, then Ctrl-C, then the same once more: 4 videos, each made once, as alone; the summary names the three."""
-    sounds(tmp_path, *(f"{n}.wav" for n in range(4)))
-    jobs = [{"audio": f"{n}.wav", "seed": n} for n in range(4)]
+    """12 jobs, 3 of them bad; kill -9, then Ctrl-C, then the same once more: 9 videos, each made once, as alone; the summary names the three."""
+    sounds(tmp_path, *(f"{n}.wav" for n in range(9)))
+    jobs = [{"audio": f"{n}.wav", "seed": n} for n in range(9)]
     (tmp_path / "text.wav").write_text("no sound\n" * 99)
-    for at, bad in ((1, {"audio": "text.wav"}), (3, {"audio": "missing.wav"}), (6, {"audio": "1.wav", "out": "wrong.mp4", "solver": "rk4"})):
+    for at, bad in ((2, {"audio": "text.wav"}), (5, {"audio": "missing.wav"}), (9, {"audio": "1.wav", "out": "wrong.mp4", "solver": "rk4"})):
         jobs.insert(at, bad)
     command, log = write_jobs(tmp_path / "jobs.jsonl", jobs), tmp_path / "jobs.jsonl.summary.json"
     seen = {}
     for before, how, status in ((0, signal.SIGKILL, -signal.SIGKILL), (1, signal.SIGINT, 130)):
         assert run_until(command, before, log, how) == status
         seen |= {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("?.mp4")}
-    assert states(log).count("stopped") == 1 and states(log).count("waiting") == 1 and len(seen) == 2
+    assert states(log).count("stopped") == 1 and states(log).count("waiting") == 6 and len(seen) == 2
     capsys.readouterr()
     assert sample.cli(command) == 2
     text, found = capsys.readouterr(), summary(log)
-    assert (found["done"], found["failed"], found["left"]) == (4, 3, 0)
-    assert [job["job"] for job in found["jobs"] if job["error"]] == [2, 4, 7]
-    for words in ("job 2, text.wav: ", "job 4, missing.wav: ", "job 7, 1.wav: "):
+    assert (found["done"], found["failed"], found["left"]) == (9, 3, 0)
+    assert [job["job"] for job in found["jobs"] if job["error"]] == [3, 6, 10]
+    for words in ("job 3, text.wav: ", "job 6, missing.wav: ", "job 10, 1.wav: "):
         assert text.err.count(f"error: {words}") == 1
-    assert "batch    4 of 7 done, 3 failed" in text.out and text.out.count(" failed      ") == 3
-    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == [f"{n}.mp4" for n in range(4)]
+    assert "batch    9 of 12 done, 3 failed" in text.out and text.out.count(" failed      ") == 3
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == [f"{n}.mp4" for n in range(9)]
     assert all((path.stat().st_mtime_ns, path.read_bytes()) == before for path, before in seen.items())
     assert all(probe(path, count=False).has_audio for path in tmp_path.glob("*.mp4"))
     last = next(path for path in sorted(tmp_path.glob("*.mp4"), reverse=True))

@@ -142,9 +142,9 @@ def test_later_windows_have_room_beside_the_denoiser(gib, shape):
             fit(config, 4, shape=shape, samples=16000 * 3600)
 
 
-def test_the_plan_of_twenty_minutes_is_that_of_two(tmp_path):
+def test_the_plan_of_an_hour_is_that_of_two_minutes(tmp_path):
     plans = []
-    for seconds in (120, 1200):
+    for seconds in (120, 3600):
         soundfile.write(tmp_path / "a.flac", np.tile(np.sin(np.arange(8000.0)) * 0.1, seconds).astype(np.float32), 8000)
         plans.append(make_plan(RunConfig(audio=str(tmp_path / "a.flac"), image=FACE, clips=2, device=CPU), released("s2v-14B"), card(None, 128, 128)))
-    assert plans[0].memory == plans[1].memory and len(plans[1].sound) == 1200 * 16000 and plans[1].sound.samples is None
+    assert plans[0].memory == plans[1].memory and len(plans[1].sound) == 3600 * 16000 and plans[1].sound.samples is None
