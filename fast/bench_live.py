@@ -44,6 +44,7 @@ from tiny import random_weights
 
 WORDS = ("plain", "beside", "rings8", "graphs", "whole", "tuned")
 WAYS = ("plain", "beside", "rings8", "rings8+beside", "graphs", "rings8+graphs+beside")
+WAYS_OF_RANKS = ("beside", "rings8+beside")
 FRAMES = 4 * live.BLOCK
 
 
@@ -245,8 +246,9 @@ def parser():
     p.add_argument("--blocks", type=int, default=40, help="timed (default: 40)")
     p.add_argument("--steps", type=int, default=live.STEPS, help=f"(default: {live.STEPS})")
     p.add_argument("--window", type=int, default=live.WINDOW, help=f"latent frames in a ring (default: {live.WINDOW})")
-    p.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help=f"(default: {','.join(WAYS)})")
-    p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own: beside and rings8+beside, or --ways")
+    p.add_argument("--ways", type=lambda text: text.split(","), help=f"(default: {','.join(WAYS)}; with --ranks {','.join(WAYS_OF_RANKS)}, "
+                   "no others)")
+    p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own")
     p.add_argument("--flat-rings8", action="store_true", help="with --flat: rings in 8 bits")
     p.add_argument("--flat", type=int, metavar="N", help="make so many blocks and compare memory, nothing else")
     p.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=True, help="float8 matrices (default: on)")
@@ -260,6 +262,9 @@ def parser():
 
 def main(args):
     ranks = bench_ranks.under_torchrun()
+    args.ways = args.ways or list(WAYS_OF_RANKS if args.ranks or ranks else WAYS)
+    if (args.ranks or ranks) and (other := set(args.ways) - set(WAYS_OF_RANKS)):
+        raise ValueError(f"--ways of --ranks are {' and '.join(WAYS_OF_RANKS)}, got {min(other)}")
     if args.ranks and not ranks:
         if not 2 <= args.ranks <= args.steps:
             raise ValueError(f"--ranks wants 2 to {args.steps}, a step for each, got {args.ranks}")
@@ -284,7 +289,7 @@ def main(args):
     result, start = {}, time.perf_counter()
     if ranks:
         with torch.no_grad():
-            on_ranks(args, device, args.ways if args.ways != list(WAYS) else ["beside", "rings8+beside"], result)
+            on_ranks(args, device, args.ways, result)
         return report(device, result)
     with torch.no_grad():
         bench = Bench(args, device)

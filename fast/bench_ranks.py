@@ -83,35 +83,35 @@ def vae_runs(args, configs, vae, device, shape, memory, ranks):
 
 def measured(args, configs, device, dtype, shape, memory):
     """On all ranks -> what rank 0 reports"""
-    cfg = configs["denoiser"]
-    ranks, net = connect(cfg.n_head, device, args.parallel), network(args, configs, device, dtype, memory)
-    if args.stage == "error":
-        return equality(args, net, cfg, device, dtype, shape, memory, ranks)
-    both = step(args, net, cfg, device, dtype, shape, memory, ranks)
+    ranks, net = connect(configs["denoiser"].n_head, device, args.parallel), network(args, configs, device, dtype, memory)
+    found = (equality if args.stage == "error" else timed)(args, configs, net, device, dtype, shape, memory, ranks)
+    dist.destroy_process_group()
+    return dict(split=ranks.split, **found)
+
+
+def timed(args, configs, net, device, dtype, shape, memory, ranks):
+    both = step(args, net, configs["denoiser"], device, dtype, shape, memory, ranks)
     times = [bench.seconds(both, device, args.repeats)[0]]
     if args.profile:
         bench.profile(both)
     vae = bench.random_network("vae", configs, device, bench.DTYPES[args.vae_dtype])
     times += [bench.seconds(run, device, args.repeats)[0] for run in vae_runs(args, configs, vae, device, shape, memory, ranks)]
     gpu, _ = memory_used(device)
-    dist.destroy_process_group()
-    if ranks.rank == 0:
-        print(f"ranks      {ranks.size} = {ranks.halves} x {ranks.runs}: step with guidance {times[0]:.3f} s, decode {times[1]:.2f} s, encode "
-              f"{times[2]:.2f} s, peak {gpu:.1f} GiB reserved on each")
-    return dict(split=ranks.split, s_per_step=times[0], s_decode=times[1], s_encode=times[2], peak_gpu_gib=gpu)
+    print(f"ranks      {ranks.size} = {ranks.halves} x {ranks.runs}: step with guidance {times[0]:.3f} s, decode {times[1]:.2f} s, encode "
+          f"{times[2]:.2f} s, peak {gpu:.1f} GiB reserved on each")
+    return dict(s_per_step=times[0], s_decode=times[1], s_encode=times[2], peak_gpu_gib=gpu)
 
 
-def equality(args, net, cfg, device, dtype, shape, memory, ranks):
+def equality(args, configs, net, device, dtype, shape, memory, ranks):
     """How far a step by all ranks is from one by this rank alone; and, to compare, that from one whose attention sums its keys in the other order."""
     def velocities(ranks, attend=None):
-        return torch.stack(list(step(args, net, cfg, device, dtype, shape, memory, ranks, attend)())).double()
+        return torch.stack(list(step(args, net, configs["denoiser"], device, dtype, shape, memory, ranks, attend)())).double()
     alone = velocities(None)
-    together, reversed = velocities(ranks), velocities(None, lambda q, k, v, layer: blocks.attend(q, k.flip(1), v.flip(1), layer))
-    gaps = [float((x - alone).norm() / alone.norm()) for x in (together, reversed)]
-    dist.destroy_process_group()
+    together, turned = velocities(ranks), velocities(None, lambda q, k, v, layer: blocks.attend(q, k.flip(1), v.flip(1), layer))
+    gaps = [float((x - alone).norm() / alone.norm()) for x in (together, turned)]
     print(f"error      of {ranks.size} = {ranks.halves} x {ranks.runs} ranks against one: {gaps[0]:.3e}; of one that sums keys in the other order: "
           f"{gaps[1]:.3e}; ratio {gaps[0] / max(gaps[1], 1e-30):.2f}")
-    return dict(split=ranks.split, ranks=gaps[0], other_order=gaps[1])
+    return dict(ranks=gaps[0], other_order=gaps[1])
 
 
 def sending(log, args, ranks):

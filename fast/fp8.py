@@ -117,6 +117,7 @@ def multiplies_fp8(device):
 
 multiplies_fp8._dynamo_marked_constant = True        # all that torch.compiler.assume_constant_result does beside importing the compiler, for 2 s
 
+
 @torch.library.custom_op("wan::quantize_tokens", mutates_args=(), schema="(Tensor x) -> (Tensor, Tensor)")
 def quantize_tokens(x):
     """`quantize` of x (n, C) in one trip through memory, where that works; for torch.compile an operation like any other."""

@@ -52,7 +52,8 @@ def load_denoiser(checkpoint, name, o):
     net = checkpoint.load(name, o.device, o.dtype, o.fp8)
     if o.device.type == "cpu":
         return net
-    from fast.blocks import FastDenoiser
+    from fast.blocks import FastDenoiser, verify
+    verify(type(net), net.cfg)
     return FastDenoiser(net, compile=o.compile is not False)
 
 
@@ -232,12 +233,12 @@ class Clock:
         """The blocks of a sound, noting when each had been heard."""
         for block in sound:
             self.heard = self.when() if self.when else time.perf_counter()
-            self.begin, self.shown = self.begin or self.heard, 0
+            self.begin, self.shown, self.late = self.begin or self.heard, 0, [*self.late[-99:], 0.0]
             yield block
 
     def wrote(self, frames):
         now = time.perf_counter()
-        self.late = [*self.late[-99:], now - self.heard - self.shown / self.fps]                 # as if all of a block came with its first frame
+        self.late[-1] = max(self.late[-1], now - self.heard - self.shown / self.fps)             # by which a player must wait, for all of the block
         self.seconds = now - self.begin if self.when else self.seconds + now - max(self.heard, self.wrote_at)
         self.frames, self.shown, self.wrote_at = self.frames + frames, self.shown + frames, now
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
@@ -248,9 +249,9 @@ class Clock:
         self.bar.update(frames)
 
     def __str__(self):
-        if not self.late:
+        if not self.frames:
             return "nothing was made"
         rate = self.frames / max(self.seconds, 1e-9)
         said = f"{rate:.1f} frames/s while working, {rate / self.fps:.2f} times real time"
         return said if self.waits is None else \
-            f"{said}; a sound is seen at most {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after it was heard, in the median"
+            f"{said}; a sound is seen at most {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after it was heard, in the median block"

@@ -87,7 +87,6 @@ class LivePlan:
             f"memory   {sum(self.memory.values()) / GIB:.2f} of {self.room / GIB:.1f} GiB: "
             f"{', '.join(f'{name} {size / GIB:.2f}' for name, size in self.memory.items())}; the same however long the stream is"))
 
-
     def ranks(self):
         """Yield a line about the other processes, if there are any."""
         if (size := self.line.size) > 1:

@@ -1,5 +1,6 @@
 """Functions run by several processes that know each other through torch.distributed, on gloo; and the two programs that tests give them."""
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -20,7 +21,7 @@ def on_ranks(n, folder, function, *args, limit=240):
     failed = forked(n, limit, run_child, n, folder, function, args)
     said = [path.read_text() for path in sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime)]
     assert not failed, said[0] if said else f"no answer within {limit} s"
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(n)]
 
 
 def forked(n, limit, function, *args):
@@ -51,7 +52,7 @@ def run_child(rank, n, folder, function, args):
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=n)
-        torch.save(function(rank, *args), folder / f"{rank}.pt")
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(function(rank, *args)))
         dist.barrier()
         status = 0
     except BaseException:

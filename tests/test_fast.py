@@ -7,7 +7,7 @@ from test_model import TASKS, VARIANTS, small_clip, small_net
 
 from fast import blocks, offload
 from fast.attention8 import attention8
-from fast.blocks import FastDenoiser, FlipRotary, SigmoidGELU, make_chunks, use_forms_for_compiler, verify
+from fast.blocks import FastDenoiser, FlipRotary, SigmoidGELU, get_ready, make_chunks, use_forms_for_compiler, verify
 from model import Block, Config, Denoiser, Rotary, attention
 
 
@@ -167,6 +167,13 @@ def test_a_fork_is_followed_or_noticed():
             verify(kind, cfg)
     with pytest.raises(ValueError, match="see use_forms_for_compiler"):
         verify(fork(OtherActivation), CFG)
+
+
+def test_a_fork_is_noticed_in_a_thread():
+    get_ready(Scalar, CFG, torch.device("cpu"), True)()
+    wait = get_ready(fork(Added), CFG, torch.device("cpu"), False)
+    with pytest.raises(ValueError, match="does not compute what model.py computes"):
+        wait()
 
 
 @pytest.mark.parametrize("part", ["project", "finish", "audio_cross_attention", "modulations"])

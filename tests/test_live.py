@@ -240,6 +240,26 @@ def test_sound_under_the_picture():
         assert np.array_equal(np.concatenate([part for part in got if part is not None]), wanted[:46 * 640])
 
 
+def test_live_frames_leave_as_they_are_decoded(parts):
+    """A latent at a time; of a file a block. They are the same."""
+    sound = [(features[0], 100) for features in parts.sound[:2]]
+    whole, split = ([frames for frames, _ in program.pictures(begin(parts), sound, torch.device("cpu"), there)] for there in (True, False))
+    assert [x.shape[1] for x in whole] == [9, 12] and [x.shape[1] for x in split] == [1, 4, 4, 4, 4, 4]
+    assert (torch.cat(whole, 1) - torch.cat(split, 1)).abs().max() < 1e-5
+
+
+def test_a_player_waits_for_the_latest_part_of_a_block(monkeypatch):
+    """Parts of 4 frames last 0.16 s at 25 fps: 0.2, 0.14 and 0.08 s late in the first block, 0.1, 0.3 and 0.14 in the second, the same in the third."""
+    now = iter([10, 10.2, 10.3, 10.4, 10.48, 10.58, 10.94, 10.94, 10.96, 11.06, 11.42, 11.42])
+    clock = program.Clock(25, None, 0.76)
+    monkeypatch.setattr(program.time, "perf_counter", lambda: next(now))
+    for _ in clock.waiting(range(3)):
+        for _ in range(3):
+            clock.wrote(4)
+    assert str(clock) == f"{36 / 1.32:.1f} frames/s while working, {36 / 1.32 / 25:.2f} times real time; " \
+                         "a sound is seen at most 1.06 s after it was heard, in the median block"
+
+
 # ------------------------------------------------------------------------------------------------------------------------ video out
 
 def test_a_player_can_open_it_meanwhile(tmp_path):

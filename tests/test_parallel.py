@@ -23,13 +23,13 @@ from test_offload import CPU, streamed
 from test_parts import end_at
 
 import sample
-from fast import blocks
+from fast import bench, bench_ranks, blocks
 from fast.attention8 import attention8
 from fast.bench_ranks import Simulated
 from fast.fp8 import quantized
 from fast.offload import stream
 from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut, sent_bytes
-from fast.plan import RunConfig, plan_memory
+from fast.plan import MemoryPlan, RunConfig, plan_memory
 from fast.plan_text import ranks_text
 from fast.probe import GIB, Memory
 from media.frames import read_frames
@@ -170,7 +170,26 @@ def test_ranks_that_do_not_divide_the_heads():
         choose_split(2, "guidance", 40, (1.0,))
 
 
-# ---- the plan
+# ---- the plan, the bench
+
+class Wrong(Ranks):
+    def to_heads(self, x, lengths):
+        return super().to_heads(x.flip(1), lengths)
+
+
+def apart(rank, kind):
+    """What `fast.bench --ranks N --stage error` says of a tiny network."""
+    args, configs = bench.parser().parse_args([]), random_weights.tiny("s2v-14B")
+    net = bench_ranks.network(args, configs, CPU, torch.float32, MemoryPlan())
+    return bench_ranks.equality(args, configs, net, CPU, torch.float32, (2, 8, 8), MemoryPlan(), kind(rank, (1, 2)))
+
+
+def test_the_bench_says_how_far_ranks_are_from_one(tmp_path):
+    for kind, least, most in ((Ranks, 0, TOLERANCE), (Wrong, 1e-3, 10)):
+        (folder := tmp_path / kind.__name__).mkdir()
+        for found in on_ranks(2, folder, apart, kind):
+            assert least <= found["ranks"] < most and 1e-8 < found["other_order"] < TOLERANCE, found
+
 
 def test_bytes_sent_are_those_counted():
     """The arithmetic of the plan, and what a rank hands to the exchange; of bench_ranks.py's simulation, which is what it runs on one GPU."""

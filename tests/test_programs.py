@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import convert_weights
-from fast import bench
+from fast import bench, bench_live
 from tiny import faces, random_weights
 
 HERE = Path(__file__).parents[1]
@@ -73,3 +73,12 @@ def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants(capsys, monkeypat
         runpy.run_path(bench.__file__, run_name="__main__")
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "wants a GPU" in error, error
+
+
+def test_the_benchmark_of_streams(capsys):
+    """Ways that ranks do not have are refused; on a CPU one is measured."""
+    with pytest.raises(ValueError, match="--ways of --ranks are beside and rings8.beside, got graphs"):
+        bench_live.main(bench_live.parser().parse_args(["--ranks", "2", "--ways", "graphs"]))
+    bench_live.main(bench_live.parser().parse_args(["--device", "cpu", "--size", "64x64", "--steps", "1", "--window", "3", "--blocks", "1"]))
+    said = capsys.readouterr().out
+    assert json.loads(said.splitlines()[-1])["plain"]["frames_per_s"] > 0 and "frames/s" in said

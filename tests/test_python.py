@@ -47,6 +47,15 @@ def test_plan_and_bar_unless_quiet_and_a_result_of_one_line(capsys):
     assert said.out == "" and "clip" not in said.err                 # warnings remain
 
 
+def test_a_fork_that_fast_does_not_follow_is_refused(monkeypatch):
+    """In the thread that checks it while text and VAE are loaded; nothing is denoised then."""
+    def verify(network, cfg): raise ValueError(f"{network.__name__} of {cfg.n_layer} layers differs")
+    monkeypatch.setattr("fast.blocks.verify", verify)
+    monkeypatch.setattr("fast.blocks.FastDenoiser.__call__", lambda *_: pytest.fail("denoised"))
+    with pytest.raises(ValueError, match=r"Denoiser of \d layers differs"):
+        make(WanS2VPipeline.from_pretrained(CKPT, device_map="cpu", attention8=True))
+
+
 def test_networks_are_loaded_once(monkeypatch):
     """Every network, for two videos; the second is as one of a pipeline of its own."""
     loaded, load = [], Checkpoint.load
