@@ -3,10 +3,9 @@
 A video of P = 1 + 4n frames has T = 1 + n latent frames: the first frame is encoded alone, as a picture, then every four frames become
 one latent frame. All layers are causal in time, so a video can be processed in chunks of any length, in constant memory.
 
-Feature cache. A causal convolution needs the last frames of its previous input. They live outside the network, in `cache`: a queue with
-one entry per temporal convolution. Each layer takes its entry from the front and appends the new one at the back, so one pass over the
-network rotates the queue once. A stream starts with a single frame and with None in every entry: convolutions then pad with zeros, and
-changes of the frame rate let the frame through unchanged, so that one frame stays one frame.
+Feature cache. A causal convolution needs the last frames of its previous input. They live outside the network, in `cache`: a queue with one entry per
+temporal convolution. Each layer takes its entry from the front and appends the new one at the back. A stream starts with a single frame and with None in
+every entry: convolutions then pad with zeros, and changes of the frame rate let the frame through, so that one frame stays one frame.
 
 Tiles. Only the attention of the bottleneck mixes all pixels of a frame. The stages of higher resolution can therefore run on one tile of
 the picture after the other, each read with a halo of neighbouring pixels: less memory, same result.
@@ -127,8 +126,6 @@ def uncropped(x, scale, have, want):
     return x
 
 
-# ---- layers ----
-
 ONEDNN = torch.backends.mkldnn.is_available()   # the library behind PyTorch's fast convolutions on most CPUs
 
 
@@ -197,7 +194,7 @@ class Upsample(nn.Module):
         elif self.time:                                                           # the first frame is kept as it is; later frames see zeros for it
             cache.popleft()
             cache.append(x.new_zeros(len(x), 2, *x.shape[2:]))
-        y = F.interpolate(x.flatten(0, 1).movedim(-1, 1), scale_factor=2.0).movedim(1, -1)   # (B*n, 2h, 2w, c_in), nearest
+        y = x.flatten(0, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).flatten(3, 4).flatten(1, 2)   # (B*n, 2h, 2w, c_in), nearest
         return convolve(y, self.space).unflatten(0, x.shape[:2])                  # (B, n, 2h, 2w, c_out)
 
 
@@ -348,9 +345,12 @@ class Decoder(nn.Module):
             x = crop(x, scale, have, want).to(self.conv_in.weight.device)         # (B, n, h, w, C)
             x = stage(x, cache)                                                   # (B, 2n or n, 2h, 2w, C')
             scale, have = (2 * scale, 2 * want) if stage.resample else (scale, want)
-        x = self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)          # (B, P, h/p, w/p, 3*p*p)
+        x = self.output(x, cache)                                                 # (B, P, h/p, w/p, 3*p*p)
         x = depth_to_space(x.unflatten(4, (-1, 1, self.patch, self.patch)).transpose(6, 7))   # (B, P, h, w, 3)
         return crop(x, scale * self.patch, have * self.patch, 0)
+
+    def output(self, x, cache):
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True), cache)       # (B, P, h, w, 3*patch*patch)
 
     def forward(self, z, cache):
         return self.run_stages(self.bottleneck(z, cache), cache).movedim(-1, 1)   # (B, 3, P, 8H, 8W)

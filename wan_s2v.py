@@ -71,8 +71,8 @@ class Stages:
 
     def memory(self):
         """Of all stages, those that failed too, and of the process on the host."""
-        stages = [f"{name} {gib:.2f}" for name, gib in self.gib.items()]
-        return f"GiB reserved on the GPU: {', '.join(stages) or 'none'}; host {memory_used(self.device)[1]:.1f} GiB at most, " \
+        stages = ", ".join(f"{name} {gib:.2f}" for name, gib in self.gib.items())
+        return f"GiB reserved on the GPU: {stages or 'none'}; host {memory_used(self.device)[1]:.1f} GiB at most, " \
             f"{self.private:.1f} without mapped files"
 
 
@@ -378,7 +378,6 @@ def make_clips(inputs, vae, experts, config, stage, progress, keep=NOTHING):
 
 def begin_motion(inputs, vae, config, keep):
     """-> motion, past (see make_clips) of the first clip to make: what was saved, or nothing came before, and motion is None.
-
     The official code encodes 73 grey frames then and uses the result nowhere.
     """
     shape, P = inputs.picture.shape[3:], inputs.motion_frames
@@ -504,7 +503,8 @@ def load_vae(checkpoint, plan):
     vae = checkpoint.load("vae", plan.config.device, plan.config.vae_dtype)
     vae.to(plan.config.device, plan.config.vae_dtype)                # one that was kept may wait in host memory, or have gone on in float32
     vae.tiles, vae.ranks = plan.memory.tiles, checkpoint.ranks
-    return vae
+    from fast.convolution import use_kernels
+    return use_kernels(vae)
 
 
 def decode_frames(vae, pieces, n):

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from fast import attention8, blocks
+from fast.convolution import use_kernels
 from fast.bench import clip_arguments, count_tokens
 from fast.estimate import forward_seconds
 from fast.plan import RunConfig
@@ -175,7 +176,7 @@ def compare_vaes(repo, cfg, shape, device, decode, tiles, repeats=1):
             run = (lambda: theirs.decode([x[0]])[0][None]) if decode else (lambda: theirs.encode([x[0]])[0][None])
         else:
             vae = theirs = None                          # the last one's memory is free again
-            vae = materialise("vae", cfg, part.tensors, device, dtype)
+            vae = use_kernels(materialise("vae", cfg, part.tensors, device, dtype))
             vae.tiles = n
             run = (lambda: decode_frames(vae, [x], 1 + cfg.stride[0] * (T - 1))) if decode else (lambda: vae.encode(x))
         y, seconds, gib = timed(run, device, repeats)

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from fast import attention8, blocks
+from fast.convolution import use_kernels
 from fast.plan import MAX_CLIP_FRAMES, MemoryPlan, RunConfig, plan_memory, token_counts
 from fast.estimate import forward_flops, rates
 from fast.probe import GIB, cap_memory, free_memory, memory_used, pick_device, synchronize
@@ -179,7 +180,7 @@ def random_network(kind, configs, device, dtype):
 
 def bench_vae(args, configs, device, shape, memory, decode):
     """S2V decodes behind 19 motion latents and encodes 73 frames; the others decode one clip and encode one picture."""
-    vae, (T, H, W) = random_network("vae", configs, device, DTYPES[args.vae_dtype]), shape
+    vae, (T, H, W) = use_kernels(random_network("vae", configs, device, DTYPES[args.vae_dtype])), shape
     vae.tiles, s2v = args.tiles or memory.tiles, bool(configs["denoiser"].audio_dim)
     st, sh, sw = vae.stride
     if decode:

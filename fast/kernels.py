@@ -20,8 +20,8 @@ except ImportError:                                                  # comes wit
 
 
 def jit(function):
-    """Compiled once for all numbers of tokens, at the first call."""
-    return triton.jit(function, do_not_specialize=["n", "N", "first"]) if triton else function
+    """Compiled once for all numbers of tokens and sizes of a picture, at the first call."""
+    return triton.jit(function, do_not_specialize=["n", "N", "first", "h", "w", "begun", "added"]) if triton else function
 
 
 @cache

@@ -11,9 +11,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from fast import blocks, fp8, kernels
+from fast import blocks, convolution, fp8, kernels
 from fast.fp8 import quantize, relative_error
 from tests.inputs import exact_attention
+from vae import VAE, VAEConfig
 
 D = 128
 INTERPRETED = kernels.triton and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,3 +92,30 @@ def check_attend_last(first, factor, device, dtype, tolerance):
 def test_attend_last(first, factor, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     check_attend_last(first, factor, "cpu", torch.float32, 3e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the VAE's convolutions
+
+def test_a_vae_on_a_cpu_stays_as_it_is():
+    net = VAE(VAEConfig(dim=32, dec_dim=32))
+    kinds = [type(module) for module in net.modules()]
+    assert convolution.use_kernels(net) is net and [type(module) for module in net.modules()] == kinds
+
+
+@pytest.mark.parametrize("channels", (3, 12, 96, 160, 192, 256, 320, 384, 512, 640, 1024))
+def test_few_channels_are_computed_in_vain(channels):
+    """All of both VAEs' but those of a picture: none."""
+    width = sum(convolution.widths(channels))
+    assert channels % width == 0 if channels > 12 else width == 16
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton, TRITON_INTERPRET=1 and no GPU")
+def test_a_vae_of_kernels_is_vae_pys(monkeypatch):
+    monkeypatch.setattr(convolution, "suits", lambda conv, x: conv.in_channels % 32 == 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    vae = VAE(VAEConfig(dim=32, dec_dim=32, dim_mult=(1, 2, 3, 3), num_res_blocks=1))
+    z = torch.randn(1, 16, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    want = vae.decode(z)
+    e = relative_error(convolution.use_kernels(vae).decode(z), want)
+    print(f"\na VAE by the kernels: {e:.1e} (tolerance 1e-5, float32)")
+    assert 0 < e < 1e-5
