@@ -8,7 +8,6 @@
 A way is how blocks are made once rings are full; words joined by +:
     plain    denoiser, then VAE                     beside   the VAE decodes while the next block is denoised, for sound that is there already
     rings8   rings and attention in 8 bits          graphs   forwards as CUDA graphs
-    whole    the VAE decodes the three latents of a block at once                    tuned    cuDNN tries its kernels for each convolution
 Every way begins a stream of its own, fills its rings (and captures its graphs) and is then timed over --blocks blocks, frames copied to the host.
 First frames are timed from a process that has made a stream before: with a new picture, and with one that was prepared. The prompt is umT5's
 output already. The last line is JSON.
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import live
-from fast import bench_ranks
+from fast import bench_ranks, convolution
 from fast.bench import commit, profile, random_entries, random_network, seconds
 from fast.blocks import FastDenoiser, attention_backend
 from fast.estimate import best_seconds, forward_flops
@@ -36,14 +35,15 @@ from fast.probe import GIB, memory_used, pick_device, synchronize
 from fast.relay import Line, Relay
 from fast.rings import Beside, BlockGraphs, GPURing
 from fast.rings8 import Ring8
+from fast.stills import still
 from formats.checkpoints import materialise
 from jobs.live import onto, pictures
 from model import PATCH
 from sample import DTYPES, size
 from tiny import random_weights
 
-WORDS = ("plain", "beside", "rings8", "graphs", "whole", "tuned")
-WAYS = ("plain", "beside", "rings8", "rings8+beside", "graphs", "rings8+graphs+beside")
+WORDS = ("plain", "beside", "rings8", "graphs")
+WAYS = ("plain", "beside", "rings8+beside", "graphs+beside", "rings8+graphs+beside")
 WAYS_OF_RANKS = ("beside", "rings8+beside")
 FRAMES = 4 * live.BLOCK
 
@@ -58,7 +58,7 @@ class Bench:
         cfg = self.cfg = self.configs["denoiser"]
         net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, self.dtype), device, self.dtype, args.fp8)
         self.net = FastDenoiser(net, compile=args.compile)
-        self.vae = random_network("vae", self.configs, device, vae_dtype) if line.last else None
+        self.vae = convolution.use_kernels(random_network("vae", self.configs, device, vae_dtype)) if line.last else None
         (width, height), random = args.size, torch.Generator(device).manual_seed(0)
 
         def randn(*shape):
@@ -68,7 +68,7 @@ class Bench:
         self.n = height * width // (self.configs["vae"].stride[1] * PATCH[1]) ** 2
 
     def prepare(self):
-        return live.prepare([self.net] * self.args.steps, self.vae, self.text, self.pixels)
+        return live.prepare([self.net] * self.args.steps, self.vae, self.text, None, still(self.vae, self.pixels))
 
     def begin(self, picture, ring=GPURing):
         return live.Live(picture, window=self.args.window, ring=ring)
@@ -106,8 +106,6 @@ def make(bench, video, blocks, beside):
 def way(bench, picture, name):
     """-> dict of what was measured"""
     words = name.split("+")
-    bench.vae.chunk = lambda chunk: live.BLOCK if "whole" in words else type(bench.vae).chunk(bench.vae, chunk)
-    torch.backends.cudnn.benchmark = "tuned" in words
     video = bench.begin(picture, Ring8 if "rings8" in words else GPURing)
     graphs, beside = BlockGraphs(video.stream) if "graphs" in words else None, Beside(video) if "beside" in words else None
     warm = bench.args.window // live.BLOCK * 2 + 2
@@ -218,8 +216,8 @@ def on_ranks(args, device, names, result):
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     line = Line(dist.get_rank(), dist.get_world_size())
     own, bench = line.steps(args.steps), Bench(args, device, line)
-    still = line.once(lambda: live.still(bench.vae, bench.pixels))
-    picture = live.prepare([bench.net] * len(own), bench.vae, bench.text, None, [x.to(device) for x in still])
+    latents = line.once(lambda: still(bench.vae, bench.pixels))
+    picture = live.prepare([bench.net] * len(own), bench.vae, bench.text, None, [x.to(device) for x in latents])
     warm, found = args.window // live.BLOCK * 2 + 2, [None] * line.size
     for name in names:
         video, times = Relay(picture, line, args.steps, window=args.window, ring=Ring8 if "rings8" in name else GPURing), []
@@ -282,7 +280,7 @@ def main(args):
         if not ok:
             raise ValueError(f"--{name} wants {want}, got {value}")
     if device.type == "cpu":
-        args.ways, args.compile, args.fp8 = [name for name in args.ways if name in ("plain", "whole")] or ["plain"], False, False
+        args.ways, args.compile, args.fp8 = ["plain"], False, False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, commit {commit()}, live at {args.size[0]}x{args.size[1]}, {args.steps} steps, window {args.window}"
           f"{', fp8' * args.fp8}{', compiled' * args.compile}", flush=True)

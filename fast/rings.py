@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from fast.blocks import KEYS, LONG, FlipRotary, attend_rows, compiled, takes_last_keys_apart
-from live import Ring
+from live import AHEAD, BLOCK, Ring
 
 rotate = FlipRotary()
 
@@ -63,6 +63,17 @@ class BlockGraphs:
         graph, out = self.graphs[key]
         graph.replay()
         return out.clone()
+
+    def capture_all(self, latents, audio):
+        """Make all graphs ahead, before a stream begins: what this leaves in the rings is written over before it is seen.
+
+        latents  (1, z, 3, H, W), audio (1, audio_states, audio_dim, 12): of the stream's shapes and on its device, of any numbers
+        """
+        stream = self.stream
+        for place in range(0, stream.window, BLOCK):
+            stream.frame = stream.window + place
+            self(latents, stream.conditions(audio), [stream.moved(AHEAD[0]) for _ in stream.experts])
+        stream.frame = 0
 
     def changing(self, x, conds, moved):
         """All tensors that differ from block to block, in a fixed order; of each Cond once. Without pose the video's bias does not."""

@@ -56,6 +56,15 @@ def test_graphs_have_the_same_bits(parts):
     assert len(graphs[0].graphs) == WINDOW // live.BLOCK and torch.equal(replayed, latents(parts, GPURing))
 
 
+def test_graphs_made_ahead_have_the_same_bits(parts):
+    def ahead(video):
+        graphs.append(BlockGraphs(video.stream))
+        graphs[0].capture_all(torch.ones(video.shape, device="cuda"), torch.ones_like(parts.sound[0]))
+    graphs = []
+    made = latents(parts, GPURing, ahead)
+    assert len(graphs[0].graphs) == WINDOW // live.BLOCK and torch.equal(made, latents(parts, GPURing))
+
+
 def test_decoding_beside_has_the_same_bits(parts):
     plain, other = (live.Live(parts.picture, 5, WINDOW, ring=GPURing) for _ in range(2))
     wanted, beside, waiting, got = [plain.block(sound).cpu() for sound in parts.sound], Beside(other), None, []

@@ -1,0 +1,47 @@
+"""The latents of a picture that stands still, in three passes of the encoder; live.still takes as many as it needs to change no more, up to 17.
+
+Where no frame ever changed, all that a causal convolution sees in time is the same, and so are all its outputs: it is a convolution of one frame, by
+its weight summed over time.
+"""
+import copy
+
+import torch
+from torch import nn
+
+from live import REF_LATENT
+from vae import CausalConv, convolve
+
+
+class StillConv(nn.Conv3d):
+    """A CausalConv of frames that do not change, and never did."""
+
+    def __init__(self, conv):
+        super().__init__(conv.in_channels, conv.out_channels, (1, *conv.kernel_size[1:]), padding=conv.padding, device="meta")
+        self.every = conv.stride[0]
+        self.weight = nn.Parameter(conv.weight.float().sum(2, keepdim=True).to(conv.weight), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x, cache):
+        return convolve(x[:, ::self.every], self)                    # (B, n or n/2, h, w, c_out)
+
+
+def still_encoder(encoder):
+    """A copy of a vae.Encoder for one latent of a picture shown for ever: all frames that one latent takes, and a cache that it leaves alone."""
+    still = copy.deepcopy(encoder)
+    for module in [*still.modules()]:
+        for name, layer in module.named_children():
+            if isinstance(layer, CausalConv):
+                module.add_module(name, StillConv(layer))
+    return still
+
+
+@torch.no_grad()
+def still(vae, picture):
+    """As live.still, but for rounding: picture (1, 3, 1, height, width) -> reference, still latent, each (1, z, 1, H, W)"""
+    def encode():
+        (mean, std), frames, latents = vae.latent_statistics(), vae.stride[0], []
+        for z in vae.encode_stream([picture] * (1 + frames * REF_LATENT), 1):
+            latents.append(z)
+        mu, _ = still_encoder(vae.encoder)(picture.expand(-1, -1, frames, -1, -1), [vae]).float().chunk(2, dim=1)
+        return torch.cat([torch.cat(latents, dim=2)[:, :, REF_LATENT:], (mu - mean) / std], dim=2)
+    return vae.with_fp32_fallback(encode).split(1, dim=2)
