@@ -19,7 +19,7 @@ import sys
 import torch
 from torch import nn
 
-from fast.kernels import jit, triton
+from fast.kernels import jit, triton, works
 from vae import CausalConv, Decoder, ResBlock, new_cache, pointwise
 
 if triton:
@@ -94,7 +94,7 @@ def write(y, first, out, bias_ptr, add_ptr, y_ptr, added, n, h, w, OUT: tl.const
 def suits(conv, x):
     """Hopper alone: it was measured nowhere else."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == conv.weight.dtype and conv.kernel_size == (3, 3, 3) and \
-        conv.in_channels % 32 == 0 and triton is not None and torch.cuda.get_device_capability(x.device)[0] == 9
+        conv.in_channels % 32 == 0 and torch.cuda.get_device_capability(x.device)[0] == 9 and works(x.device)
 
 
 def read(x, norm, conv, cache):

@@ -6,6 +6,7 @@ from collections import deque
 import torch
 import torch.nn.functional as F
 
+from fast.convolution import FastResBlock
 from fast.plan import COMPILE_SECONDS
 from fast.probe import synchronize
 from formats.checkpoints import build
@@ -131,7 +132,7 @@ def vae_rate(config, plan):
     n = config.stride[0] * (1 if o.device.type == "cuda" else 2)                             # frames at once, see VAE.chunk
     most = 2 ** 18 if o.device.type == "cuda" else 2 ** 14                                   # pixels: enough for full speed
     width = min(plan.width, 512)
-    block = ResBlock(C, C).to(o.device, o.vae_dtype)
+    block = FastResBlock(ResBlock(C, C).to(o.device, o.vae_dtype))
     x = torch.randn(1, n, max(1, min(plan.height, most // width)), width, C, device=o.device, dtype=o.vae_dtype)
     with torch.no_grad():
         block(x[:, :1], cache := new_cache(block))

@@ -31,7 +31,7 @@ HOST_OVERHEAD = 1.8 * GIB    # PyTorch, CUDA and Python: an H200 machine had 16.
 CHUNK = 8192                 # tokens worked on at once when memory is short: enough for full speed
 TEXT_ACTIVATIONS = 0.15 * GIB            # an H200 reserved 0.07
 TILES = 4                    # of the VAE: more cost time
-COMPILE_SECONDS = 15         # what compiling takes, once per run (H200: 9 s where an earlier run's kernels are kept, else 17 to 22)
+COMPILE_SECONDS = 17         # what compiling takes, once per run (H200: 9 s where an earlier run's kernels are kept, else 17 to 22)
 COMPILE_GAIN = 8e-11         # seconds that it saves per token, channel and layer of a forward (H200: 0.58 s at 33,540 tokens, 5120 channels, 40)
 
 
