@@ -6,7 +6,7 @@ from collections import deque
 import torch
 import torch.nn.functional as F
 
-from fast.convolution import FastResBlock
+from fast.convolution import suits
 from fast.plan import COMPILE_SECONDS
 from fast.probe import synchronize
 from formats.checkpoints import build
@@ -16,6 +16,7 @@ from vae import ResBlock, new_cache
 REACHED = {False: 0.77, True: 0.9}        # of a probe's rates, by a forward eager and compiled (H200: 0.71 to 0.80, 0.85 to 1.0)
 WRITTEN = 1.7e-8, 1.9e-7     # seconds per pixel of an mp4, of PNG files (one core of a server: 1.2 and 19 s for 70 and 100 megapixels)
 LOADED = 2.2                 # GiB of files per second, with the text encoded meanwhile (H200, files in memory: 64 GiB in 24 to 33 s)
+KERNELS = 1.6                # times as fast as vae.py is a VAE by fast/convolution.py (H200: 123 to 77 ms, 87 to 53)
 TILE_COST = 0.13             # of the VAE's time, for each tile after the first (H200, 4 tiles: 1.26 to 1.9 times as long)
 
 
@@ -132,11 +133,11 @@ def vae_rate(config, plan):
     n = config.stride[0] * (1 if o.device.type == "cuda" else 2)                             # frames at once, see VAE.chunk
     most = 2 ** 18 if o.device.type == "cuda" else 2 ** 14                                   # pixels: enough for full speed
     width = min(plan.width, 512)
-    block = FastResBlock(ResBlock(C, C).to(o.device, o.vae_dtype))
+    block = ResBlock(C, C).to(o.device, o.vae_dtype)
     x = torch.randn(1, n, max(1, min(plan.height, most // width)), width, C, device=o.device, dtype=o.vae_dtype)
     with torch.no_grad():
         block(x[:, :1], cache := new_cache(block))
-        seconds = best_seconds(lambda: block(x, deque(cache)), o.device)
+        seconds = best_seconds(lambda: block(x, deque(cache)), o.device) / (KERNELS if suits(x, block.conv1) else 1)
     return 1.15 * 2 * x.numel() / C * sum(p.numel() for p in block.parameters() if p.ndim == 5) / seconds
 
 

@@ -45,7 +45,7 @@ class BlockGraphs:
     """`Stream.steps` as CUDA graphs. One viewer at a time: the addresses of its rings are in them."""
 
     def __init__(self, stream):
-        self.stream, self.plain, self.graphs, self.pool = stream, stream.steps, {}, None
+        self.stream, self.plain, self.graphs, self.pool, self.held = stream, stream.steps, {}, None, []
         stream.steps = self
 
     def __call__(self, x, conds, moved):
@@ -53,7 +53,9 @@ class BlockGraphs:
         if stream.frame < stream.window:                             # rings are not full: what a block sees still grows
             return self.plain(x, conds, moved)
         key, given = stream.frame % stream.window, self.changing(x, conds, moved)
-        if not self.graphs:
+        held = [stream.experts, *(ring.ref_keys for ring in stream.rings)]                   # whose addresses are in the graphs too
+        if len(held) != len(self.held) or any(a is not b for a, b in zip(held, self.held)):
+            self.graphs, self.pool, self.held = {}, None, held
             self.inputs = [tensor.clone() for tensor in given]
             self.x, self.conds, self.moved = self.with_inputs(conds)
         for mine, tensor in zip(self.inputs, given):
@@ -64,6 +66,7 @@ class BlockGraphs:
         graph.replay()
         return out.clone()
 
+    @torch.no_grad()
     def capture_all(self, latents, audio):
         """Make all graphs ahead, before a stream begins: what this leaves in the rings is written over before it is seen.
 

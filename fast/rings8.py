@@ -1,10 +1,9 @@
-"""Rings in 8 bits, for GPUs with 8-bit tensor cores: half the memory; attention takes 0.83 of the time it takes in bfloat16. A block's keys
+"""Rings in 8 bits, for GPUs with 8-bit tensor cores: half the memory; attention takes 0.8 of the time it takes in bfloat16. A block's keys
 and values are rounded once, when they are written.
 
     keys     int8, one scale per head and 128 keys, after one constant key per layer is taken out, which softmax ignores: the mean of the motion
              tokens' keys. These are always there and never move, so their scores average 0, and the largest is never below it
-    values   e4m3, one scale per head for the whole ring, with room for values 16 times the condition tokens' (what is larger is cut off there):
-             floating point rounds small numbers as well as large ones. Stored channel by channel and in attention8.py's order of tokens
+    values   e4m3, one scale per head for the whole ring, see `value_scales`; stored channel by channel and in attention8.py's order of tokens
     queries  int8, one scale per token and head, in the place of their bf16 numbers
 
 Reference, motion and each block have a place of whole 128s. Keys that only fill one up are zeros: each adds exp2(-top) to the sum of the
@@ -28,7 +27,7 @@ if triton:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-ROOM = 16                                                            # of values, in the condition tokens' largest
+ROOM = 64                                                            # of values, in the condition tokens' largest of the head
 
 
 @jit
@@ -90,6 +89,16 @@ def attend_ring(q, k, v, y_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, n, C, wid
     tl.store(y_ptr + token[:, None].to(tl.int64) * C + channel[None, :], y.to(tl.bfloat16), mask=token[:, None] < n)
 
 
+def value_scales(values):
+    """Values of the condition tokens (1, S, K, D), which are there first -> the scale of all values of a ring, per head (K,).
+
+    What comes later is cut off at ROOM times their largest of its head, or ROOM / 16 times that of all heads. So much room costs nothing: e4m3 keeps
+    4 bits of a number down to 1 / 28,000 of its largest.
+    """
+    largest = values.float().abs().amax((0, 1, 3))
+    return (torch.maximum(largest, largest.max() / 16) * (ROOM / MAX)).clamp(min=TINY)
+
+
 def blocks_of(tokens):
     return -(-tokens // KEYS)
 
@@ -111,11 +120,12 @@ class Ring8:
         self.layers = [(empty(self.width, C, dtype=torch.int8), empty(self.K, blocks + 1), empty(C, self.width, dtype=torch.int8).view(E4M3),
                         empty(self.K), empty(C)) for _ in expert.rows]                            # keys, their scales, values, theirs, constant key
         for layer, (_, values) in zip(self.layers, expert.rows):
-            layer[3].copy_((values.float().abs().amax((0, 1, 3)) * (ROOM / MAX)).clamp(min=TINY))
+            layer[3].copy_(value_scales(values))
         self.begin(expert)
 
     def begin(self, expert):
-        """As Ring.begin. With another constant key the video's keys are a little off from then on, by what the motion tokens have changed."""
+        """As Ring.begin. With another constant key the video's keys are a little off from then on, by what the motion tokens have changed; values keep
+        the scales of the first condition tokens."""
         self.ref_keys = expert.ref_keys
         for layer, (keys, values) in enumerate(expert.rows):
             self.layers[layer][4].copy_(keys[0, self.n:].float().mean(0).flatten())

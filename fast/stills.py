@@ -1,4 +1,4 @@
-"""The latents of a picture that stands still, in three passes of the encoder; live.still takes as many as it needs to change no more, up to 17.
+"""The latents of a picture that stands still, in three passes of the encoder; live.still makes passes until the latents change no more: 17, say.
 
 Where no frame ever changed, all that a causal convolution sees in time is the same, and so are all its outputs: it is a convolution of one frame, by
 its weight summed over time.
@@ -26,7 +26,7 @@ class StillConv(nn.Conv3d):
 
 
 def still_encoder(encoder):
-    """A copy of a vae.Encoder for one latent of a picture shown for ever: all frames that one latent takes, and a cache that it leaves alone."""
+    """A copy of a vae.Encoder for one latent of a picture shown for ever. It takes all frames of that latent, and leaves its cache alone."""
     still = copy.deepcopy(encoder)
     for module in [*still.modules()]:
         for name, layer in module.named_children():
@@ -42,6 +42,7 @@ def still(vae, picture):
         (mean, std), frames, latents = vae.latent_statistics(), vae.stride[0], []
         for z in vae.encode_stream([picture] * (1 + frames * REF_LATENT), 1):
             latents.append(z)
-        mu, _ = still_encoder(vae.encoder)(picture.expand(-1, -1, frames, -1, -1), [vae]).float().chunk(2, dim=1)
+        going_on = [0]                                               # what is not None: a stream that has begun
+        mu, _ = still_encoder(vae.encoder)(picture.expand(-1, -1, frames, -1, -1), going_on).float().chunk(2, dim=1)
         return torch.cat([torch.cat(latents, dim=2)[:, :, REF_LATENT:], (mu - mean) / std], dim=2)
     return vae.with_fp32_fallback(encode).split(1, dim=2)

@@ -21,12 +21,14 @@ from media.sound import RATE
 from media.stream import StreamWriter, pcm
 from text import Tokenizer, encode_prompt
 
-LONG = 1000      # frames, from which on CUDA graphs are made on a GPU, in 3 s: they save up to 0.03 s of a block on an idle host, more on others
+LONG = 1000      # frames: streams as long as that have CUDA graphs on a GPU, which take 3 s to make and help most where the host is busy
 
 
 def open_live(checkpoint, plan, replace_ref=False):
     """Load the networks and make ready for the first block -> live.Live, of many processes a Relay"""
     o, line, vae = plan.config, plan.line, None
+    if o.device.type == "cuda" and o.device.index is not None:
+        torch.cuda.set_device(o.device)                              # whose streams and graphs are meant below
 
     def given():
         """What is made of prompt and picture: by one process for all."""
@@ -46,9 +48,9 @@ def open_live(checkpoint, plan, replace_ref=False):
     video = live.Live(prepared, *how) if line.size == 1 else Relay(prepared, line, o.steps, *how)
     if o.device.type != "cpu" and line.size == 1 and plan.frames >= LONG:
         from fast.rings import BlockGraphs
-        graphs, cfg = BlockGraphs(video.stream), checkpoint.configs["denoiser"]
-        if not replace_ref:                                          # then a graph waits for its second block: the new reference has another place
-            graphs.capture_all(torch.zeros(video.shape, device=o.device), torch.zeros(1, cfg.audio_states, cfg.audio_dim, FRAMES, device=o.device))
+        cfg = checkpoint.configs["denoiser"]
+        silence = torch.zeros(1, cfg.audio_states, cfg.audio_dim, FRAMES, device=o.device)
+        BlockGraphs(video.stream).capture_all(torch.zeros(video.shape, device=o.device), silence)
     return video
 
 

@@ -23,6 +23,7 @@ import live
 import sample
 import train
 from audio import AudioConfig, Wav2Vec2, audio_features
+from fast import fp8
 from fast.listening import Listening
 from formats import checkpoints, lora, names
 from fast.plan import RunConfig
@@ -32,7 +33,8 @@ from jobs import live_plan
 from media import stream as out
 from fast.blocks import FastDenoiser
 from fast.fp8 import relative_error
-from fast.rings import GPURing
+from fast.rings import BlockGraphs, GPURing
+from fast.rings8 import value_scales
 from fast.stills import still
 from media.ffmpeg import probe
 from model import Config, Denoiser, rope_table
@@ -55,7 +57,6 @@ def parts():
     text, picture = torch.randn(1, 5, cfg.text_dim, generator=g), torch.rand(1, 3, 1, 64, 64, generator=g) * 2 - 1
     return SimpleNamespace(net=net, vae=coder, text=text, picture=picture, pictures={},
                            sound=torch.randn(8, 1, cfg.audio_states, cfg.audio_dim, 12, generator=g))
-
 
 
 @pytest.mark.parametrize("config", (VAEConfig(), VAE22), ids=("2.1", "2.2"))
@@ -103,6 +104,44 @@ def test_a_replaced_reference_is_remembered(parts):
         if i in (0, 3):
             again = begin(parts, replace_ref=True).restore(replaced.state())
     assert torch.equal(again.block(parts.sound[4]), b)
+
+
+def test_graphs_follow_another_reference_and_another_state(parts, monkeypatch):
+    """A CUDA graph is imitated: it computes with the tensors that were there when it was captured, and writes to one place."""
+    def capture(graphs):
+        stream, keys = graphs.stream, [ring.ref_keys for ring in graphs.stream.rings]
+
+        def replay():
+            now = [ring.ref_keys for ring in stream.rings]
+            for ring, at_capture in zip(stream.rings, keys):
+                ring.ref_keys = at_capture
+            out.copy_(graphs.plain(graphs.x, graphs.conds, graphs.moved))
+            for ring, mine in zip(stream.rings, now):
+                ring.ref_keys = mine
+        out = torch.empty(first.shape)
+        made.append(replay)
+        return SimpleNamespace(replay=replay), out
+    made, plain, first = [], begin(parts, replace_ref=True), begin(parts, replace_ref=True)
+    monkeypatch.setattr(BlockGraphs, "capture", capture)
+    BlockGraphs(first.stream).capture_all(torch.ones(first.shape), torch.ones_like(parts.sound[0]))
+    assert len(made) == 2 and first.stream.frame == 0                # a window of 6 frames has two places for a block
+    for i, sound in enumerate(parts.sound[:5]):
+        assert torch.equal(first.block(sound), plain.block(sound))
+    assert len(made) == 4
+    first.restore(plain.state())
+    assert torch.equal(first.block(parts.sound[5]), plain.block(parts.sound[5])) and len(made) == 5
+
+
+def test_8_bit_values_have_room():
+    """As exact if they are 60 times as large as the condition tokens', and in a head whose condition tokens are nearly zero."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 512, 3, 32, generator=g) * torch.tensor([1, 0.1, 1e-6])[:, None]
+    scales = value_scales(values)
+
+    def error(head, factor):
+        later = values[0, :, head] * factor
+        return relative_error(fp8.cast(later / scales[head]).float() * scales[head], later)
+    assert max(error(0, 1), error(0, 60), error(1, 60), error(2, 1e6)) < 0.03 < 0.3 < error(0, 300)
 
 
 def test_blocks_are_those_of_the_whole_video(parts):

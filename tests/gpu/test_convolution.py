@@ -1,5 +1,6 @@
 """The VAE's convolutions on a Hopper GPU against vae.py's.  pytest -s tests/gpu/test_convolution.py"""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from fast import convolution
 from fast.convolution import FastDecoder, FastResBlock
 from fast.fp8 import relative_error
-from formats.checkpoints import materialise
+from formats.checkpoints import materialise, open_checkpoint
+from tiny import random_weights
 from tiny.random_weights import random_part
 from vae import VAE22, ResBlock, VAEConfig, pointwise
 
+WEIGHTS = Path(__file__).parents[2] / "weights" / "tiny"
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and convolution.triton and torch.cuda.get_device_capability()[0] == 9),
                                 reason="needs Triton and a Hopper GPU")
 CONFIGS = dict(vae21=replace(VAEConfig(), dim=32, dec_dim=96), vae22=replace(VAE22, dim=32, dec_dim=64))
@@ -43,6 +46,19 @@ def test_a_vae_is_the_same(name, dtype):
         errors.append(relative_error(vae.decode(latents, chunk), frames))
     print(f"\n{name} {dtype}: encoded {errors[0]:.1e}, decoded {', '.join(f'{e:.1e}' for e in errors[1:])} (tolerance {TOLERANCES[dtype]:.0e})")
     assert 0 < max(errors) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("folder", ("tiny", "tiny-ti2v"))
+def test_tiny_checkpoints_decode(folder, tmp_path):
+    """Their blocks have widths of which the kernels take some and some not."""
+    if folder != "tiny":
+        random_weights.ensure_tiny(tmp_path / folder)
+    vae = open_checkpoint(WEIGHTS if folder == "tiny" else tmp_path / folder).load("vae", torch.device("cuda"), torch.float16)
+    z = torch.randn(1, vae.config.z_dim, 3, 6, 6, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    want = vae.decode(z)
+    e = relative_error(convolution.use_kernels(vae).decode(z), want)
+    print(f"\n{folder}: decoded {e:.1e} (tolerance 1e-2)")
+    assert e < 1e-2
 
 
 def test_other_numbers_go_the_ordinary_way():

@@ -18,7 +18,7 @@ from PIL import Image
 
 import sample
 from fast import attention8 as attention8_module
-from fast import blocks, fp8, kernels, offload
+from fast import blocks, convolution, fp8, kernels, offload
 from fast.attention8 import attention8
 from fast.blocks import FastDenoiser, SigmoidGELU, attention_backend
 from fast.fp8 import E4M3, FP8Linear, dequantize, quantize, quantize_weight, quantized, relative_error
@@ -178,6 +178,7 @@ def test_float16_vae(name):
     """Frames and latents in float16, whole and in tiles, through page-locked memory, against float32; released widths, a small picture."""
     part = random_part("vae", VAE22 if name == "2.2" else VAEConfig(), torch.float32, "vae")
     slow, fast = (materialise("vae", part.config, part.tensors, torch.device("cuda"), dtype) for dtype in (torch.float32, torch.float16))
+    convolution.use_kernels(fast)                                    # on Hopper
     latents = torch.randn(1, part.config.z_dim, 3, 6, 10, generator=torch.Generator().manual_seed(0)).cuda()
     video = decode_frames(slow, [latents], 9)                        # (1, 3, 9, height, width)
     for tiles in (1, 3):

@@ -8,6 +8,7 @@ import torch
 import live
 from fast import fp8, kernels
 from fast.blocks import FastDenoiser
+from fast.convolution import use_kernels
 from fast.fp8 import relative_error
 from fast.rings import Beside, BlockGraphs, GPURing
 from model import Config
@@ -30,7 +31,7 @@ def parts():
     for name, p in net.named_parameters():
         p.data = p.data.float() if "norm" in name or name.endswith("modulation") else p.data
     part = random_part("vae", replace(VAEConfig(), dim=8, dec_dim=8), torch.float16, "vae")
-    vae = materialise("vae", part.config, part.tensors, torch.device("cuda"), torch.float16)
+    vae = use_kernels(materialise("vae", part.config, part.tensors, torch.device("cuda"), torch.float16))
     g = torch.Generator().manual_seed(3)
     text, pixels = torch.randn(1, 9, CFG.text_dim, generator=g).cuda(), (torch.rand(1, 3, 1, 128, 192, generator=g) * 2 - 1).cuda()
     picture = live.prepare([FastDenoiser(net)] * 2, vae, text, pixels)
@@ -50,19 +51,23 @@ def test_a_ring_of_a_gpu_is_the_ring(parts):
     assert e < 5e-3
 
 
-def test_graphs_have_the_same_bits(parts):
-    graphs = []
-    replayed = latents(parts, GPURing, lambda video: graphs.append(BlockGraphs(video.stream)))
-    assert len(graphs[0].graphs) == WINDOW // live.BLOCK and torch.equal(replayed, latents(parts, GPURing))
+def rings():
+    from fast.rings8 import Ring8
+    return pytest.param(GPURing, id="bf16"), pytest.param(Ring8, id="8 bits", marks=eight_bit_cores)
 
 
-def test_graphs_made_ahead_have_the_same_bits(parts):
-    def ahead(video):
+@pytest.mark.parametrize("ring", rings())
+def test_graphs_have_the_same_bits(parts, ring):
+    """Captured when their block comes, and ahead."""
+    def when_it_comes(video):
         graphs.append(BlockGraphs(video.stream))
-        graphs[0].capture_all(torch.ones(video.shape, device="cuda"), torch.ones_like(parts.sound[0]))
-    graphs = []
-    made = latents(parts, GPURing, ahead)
-    assert len(graphs[0].graphs) == WINDOW // live.BLOCK and torch.equal(made, latents(parts, GPURing))
+
+    def ahead(video):
+        when_it_comes(video)
+        graphs[-1].capture_all(torch.ones(video.shape, device="cuda"), torch.ones_like(parts.sound[0]))
+    graphs, want = [], latents(parts, ring)
+    for way in (when_it_comes, ahead):
+        assert torch.equal(latents(parts, ring, way), want) and len(graphs[-1].graphs) == WINDOW // live.BLOCK
 
 
 def test_decoding_beside_has_the_same_bits(parts):
