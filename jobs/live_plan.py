@@ -185,7 +185,7 @@ def own_experts(checkpoint, plan):
 def expected(plan, checkpoint):
     """Frames per second, from a probe of a second or two: four forwards and the VAE, one after the other; on many GPUs those of the slowest."""
     from fast.estimate import forward_flops, forward_seconds, rates, vae_flops, vae_rate
-    o, cfg, vae = plan.config, checkpoint.configs["denoiser"], checkpoint.configs["vae"]
+    o, cfg, vae = replace(plan.config, attention8=plan.rings8), checkpoint.configs["denoiser"], checkpoint.configs["vae"]
     H, W = plan.height // vae.stride[1], plan.width // vae.stride[1]
     tokens = live.BLOCK * H * W // math.prod(PATCH)
     keys = tokens * (plan.window + 2.5) / live.BLOCK
