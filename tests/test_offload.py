@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from test_model import small_clip, small_net
 
 from fast import blocks as fast_blocks
 from fast import offload
@@ -211,6 +212,19 @@ def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
     torch._dynamo.reset()
     print(f"graphs after each clip: {counts}")
     assert counts == [3] * 6                                         # project, finish, audio cross-attention
+
+
+def test_compiled(monkeypatch):
+    """As the compiler reads it: traced, of any length, without a break. What it writes for a GPU is run in tests/gpu. Here, as the compiler's import
+    takes seconds."""
+    monkeypatch.setattr(fast_blocks, "compiled", lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager"))
+    net = small_net("s2v")
+    latents, t, arguments = small_clip(net)
+    want = net(latents, t, net.prepare(**arguments))
+    fast = FastDenoiser(net, chunk=37, compile=True)
+    relative = relative_error(fast(latents, t, fast.prepare(**arguments)), want)
+    print(f"compiled: relative L2 {relative:.1e}")
+    assert relative < 2e-6
 
 
 def test_read_ahead(tmp_path):
