@@ -43,7 +43,7 @@ from tiny import metrics, over_time, random_weights, streams
 from vae import VAE, VAE22, VAEConfig
 
 HERE = Path(__file__).parents[1]
-VOICE, FACE = str(HERE / "samples" / "voice.flac"), str(HERE / "samples" / "face.png")
+VOICE, ITALIAN, FACE = (str(HERE / "samples" / name) for name in ("voice.flac", "italian.flac", "face.png"))
 
 
 @pytest.fixture(scope="module")
@@ -401,12 +401,12 @@ def test_a_face_that_talks(tmp_path, capsys, monkeypatch):
     path, folder = tmp_path / "a.mp4", HERE / "weights" / "tiny-live"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 8e6
     monkeypatch.setattr(program, "expected", lambda *_: 25.0)        # a probe of two seconds
-    assert sample.cli(["--live", "--image", FACE, "--audio", VOICE, "--out", str(path), "--device", "cpu"]) == 0
+    assert sample.cli(["--live", "--image", FACE, "--audio", ITALIAN, "--duration", "1.8", "--out", str(path), "--device", "cpu"]) == 0
     said, media, (frames, fps) = capsys.readouterr().out, probe(str(path)), metrics.read_video(path)
     assert all(words in said for words in ("times real time", "a.partial.mp4 can be played", "live.high.safetensors"))
     assert os.listdir(tmp_path) == ["a.mp4"]
-    assert (media.width, media.height, media.frames, fps) == (128, 128, 96, 25) and abs(media.audio_duration - 3.81) < 0.1
-    measured, target = metrics.measure(frames)[:, 0], metrics.target_of(path, 96, fps)[0][:, 0]
+    assert (media.width, media.height, media.frames, fps) == (128, 128, 45, 25) and abs(media.audio_duration - 1.8) < 0.1
+    measured, target = metrics.measure(frames)[:, 0], metrics.target_of(path, 45, fps)[0][:, 0]
     lag, _, now = metrics.sync(measured, target)
     row, = over_time.rows(path, FACE, 10)
     print(f"r {now:.3f}, lag {lag}, {row}")
