@@ -2,6 +2,7 @@
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -44,6 +45,41 @@ def forked(n, limit, function, *args):
         os.kill(pid, 9)
         os.waitpid(pid, 0)
     return failed
+
+
+def as_program(function, *args, limit=60):
+    """function(*args) in a fork of this process, as a program of its own but for the start of Python -> whether it failed, stdout, stderr"""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("said", "errors")]
+        failed = forked(1, limit, run_alone, files, function, args)
+        return failed, *(file.read_text(errors="replace") for file in files)
+
+
+def run_alone(rank, files, function, args):
+    """Never returns, as run_child."""
+    status = 1
+    try:
+        for number, file in enumerate(files, 1):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))             # in place of pytest's
+        function(*args)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def forget(folder=Path(__file__).parents[1]):
+    """In a fork: what was imported from a folder was not, and is not found there."""
+    for name, module in list(sys.modules.items()):
+        places = [getattr(module, "__file__", None)] if getattr(module, "__file__", None) else list(getattr(module, "__path__", []))
+        if any(str(place).startswith(f"{folder}/") for place in places):
+            del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if path and not Path(path).is_relative_to(folder)]
+    sys.path_importer_cache.clear()
 
 
 def run_child(rank, n, folder, function, args):

@@ -5,12 +5,14 @@
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from ranks import as_program, forget
 
 HERE = Path(__file__).parents[1]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "golden", "docs", "data", "runs", "build", "tiny-[!l]*", "__pycache__")
@@ -24,16 +26,19 @@ def test_installed_and_used_from_another_folder(tmp_path, editable):
     made = subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--target", tmp_path / "site",
                            *["-e"] * editable, tmp_path / "source"], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    program = ("import site, sys; before = list(sys.path); site.addsitedir(sys.argv[1]); "             # before a copy that is installed already
-               "sys.path[:] = [p for p in sys.path if p not in before] + before; "
-               "from wan_s2v import WanS2VPipeline; import sample, train, convert_weights, tiny.faces; "
-               "pipelines = [WanS2VPipeline.from_pretrained(name) for name in (None, 'weights/tiny')]; "
-               "print(*[pipeline.checkpoint.folder for pipeline in pipelines])")
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "site"], cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / ("source" if editable else "site") / "weights" / "tiny")] * 2
-    assert len(list((Path(done.stdout.split()[0]).parent / "tiny-live").glob("live.*.safetensors"))) == 2
+
+    def elsewhere():
+        forget()
+        os.chdir(tmp_path / "elsewhere")
+        before = list(sys.path)
+        site.addsitedir(str(tmp_path / "site"))
+        sys.path[:] = [path for path in sys.path if path not in before] + before                     # before a copy that is installed already
+        import convert_weights, sample, train, tiny.faces  # noqa: E401, F401
+        from wan_s2v import WanS2VPipeline
+        print(*[WanS2VPipeline.from_pretrained(name).checkpoint.folder for name in (None, "weights/tiny")])
+    _, said, errors = as_program(elsewhere)
+    assert said.split() == [str(tmp_path / ("source" if editable else "site") / "weights" / "tiny")] * 2, errors
+    assert len(list((Path(said.split()[0]).parent / "tiny-live").glob("live.*.safetensors"))) == 2
 
 
 def test_every_module_is_installed():

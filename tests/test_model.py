@@ -1,11 +1,11 @@
 """The denoiser, for every task of the family at small sizes on a CPU."""
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import as_program, forget
 from torch.nn.attention import SDPBackend
 
 import model
@@ -67,9 +67,15 @@ def test_model_imports_nothing_of_ours(tmp_path):
     for word in ("is_grad_enabled", "is_compiling", "is_cuda", "lru_cache", "@cache", "copy_(", "add_(", "mul_(", "torch.cuda", "no_grad"):
         assert word not in source, word
     (tmp_path / "model.py").write_text(source)
-    program = "import model, torch; net = model.Denoiser(model.Config(dim=48, ffn_dim=96, n_head=2, n_layer=1, audio_dim=0)); print(len(net.blocks))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "1\n", done.stderr
+
+    def alone():
+        forget()
+        sys.path.insert(0, str(tmp_path))
+        import model
+        net = model.Denoiser(model.Config(dim=48, ffn_dim=96, n_head=2, n_layer=1, audio_dim=0))
+        print(len(net.blocks), Path(model.__file__).parent)
+    _, said, errors = as_program(alone)
+    assert said == f"1 {tmp_path}\n", errors
 
 
 def block_inputs(net, motion=True):
