@@ -1,11 +1,14 @@
 """Functions run by several processes that know each other through torch.distributed, on gloo; and the two programs that tests give them."""
+import multiprocessing
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,7 @@ import torch.distributed as dist
 import sample
 import test_parity
 from fast.parallel import ParallelDenoiser, Ranks
+from jobs import stop
 from vae import VAE
 
 
@@ -70,6 +74,33 @@ def run_alone(rank, files, function, args):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)
+
+
+def stoppable(arguments, files=(os.devnull, os.devnull)):
+    """`python sample.py ARGUMENTS`, which hears signals, but for its start, in a fork in a process group of its own: stdout and stderr are added to
+    these files -> the process, as subprocess.Popen has it"""
+    process = multiprocessing.get_context("fork").Process(target=stop_or_end, args=(arguments, files))
+    process.start()
+
+    def wait(limit=None):
+        process.join(limit)
+        if process.exitcode is None:
+            raise subprocess.TimeoutExpired("sample.py", limit)
+        return process.exitcode
+    return SimpleNamespace(pid=process.pid, poll=lambda: process.exitcode, wait=wait)
+
+
+def stop_or_end(arguments, files):
+    """Never returns, as run_child."""
+    os.setsid()
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))                 # in place of pytest's
+    stop.watch()
+    code = sample.cli(arguments)
+    stop.end(code)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def forget(folder=Path(__file__).parents[1]):

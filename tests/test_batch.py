@@ -3,22 +3,20 @@
     pytest tests/test_batch.py
 """
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import soundfile
+from ranks import stoppable
 
 import sample
 from formats.checkpoints import Checkpoint
-from jobs import stop
 from jobs.batch import run_batch
 from media.ffmpeg import probe
 from tests import kill_runs
@@ -81,51 +79,38 @@ def test_jobs_spread_over_ranks(tmp_path, made, killed):
 
 # ------------------------------------------------------------------------------------------------------------- killed and run again
 
-def program(command):
-    """sample.py but for its start, in a fork of this process."""
-    for number in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))             # in place of pytest's
-    stop.watch()
-    code = sample.cli(command)
-    stop.end(code)
-    os._exit(code)
-
-
 def run_until(command, before, log, how):
     """Start a batch of which so many jobs are done, and send a signal while the second of the others is made -> exit status."""
-    process = multiprocessing.get_context("fork").Process(target=program, args=(command,))
-    process.start()
+    process = stoppable(command)
     wanted = {"done before": before, "done": 1, "running": 1}
-    while process.is_alive() and not (log.exists() and {name: states(log).count(name) for name in wanted} == wanted):
+    while process.poll() is None and not (log.exists() and {name: states(log).count(name) for name in wanted} == wanted):
         time.sleep(0.02)
     os.kill(process.pid, how)
-    process.join()
-    return process.exitcode
+    return process.wait(60)
 
 
 def test_killed_twice_and_run_again(tmp_path, capsys):
-    """12 jobs, 3 of them bad; kill -9, then Ctrl-C, then the same once more: 9 videos, each made once, as alone; the summary names the three."""
-    sounds(tmp_path, *(f"{n}.wav" for n in range(9)))
-    jobs = [{"audio": f"{n}.wav", "seed": n} for n in range(9)]
+    """8 jobs, 3 of them bad; kill -9, then Ctrl-C, then the same once more: 5 videos, each made once, as alone; the summary names the three."""
+    sounds(tmp_path, *(f"{n}.wav" for n in range(5)))
+    jobs = [{"audio": f"{n}.wav", "seed": n} for n in range(5)]
     (tmp_path / "text.wav").write_text("no sound\n" * 99)
-    for at, bad in ((2, {"audio": "text.wav"}), (5, {"audio": "missing.wav"}), (9, {"audio": "1.wav", "out": "wrong.mp4", "solver": "rk4"})):
+    for at, bad in ((2, {"audio": "text.wav"}), (5, {"audio": "missing.wav"}), (7, {"audio": "1.wav", "out": "wrong.mp4", "solver": "rk4"})):
         jobs.insert(at, bad)
     command, log = write_jobs(tmp_path / "jobs.jsonl", jobs), tmp_path / "jobs.jsonl.summary.json"
     seen = {}
     for before, how, status in ((0, signal.SIGKILL, -signal.SIGKILL), (1, signal.SIGINT, 130)):
         assert run_until(command, before, log, how) == status
         seen |= {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("?.mp4")}
-    assert states(log).count("stopped") == 1 and states(log).count("waiting") == 6 and len(seen) == 2
+    assert states(log).count("stopped") == 1 and states(log).count("waiting") == 2 and len(seen) == 2
     capsys.readouterr()
     assert sample.cli(command) == 2
     text, found = capsys.readouterr(), summary(log)
-    assert (found["done"], found["failed"], found["left"]) == (9, 3, 0)
-    assert [job["job"] for job in found["jobs"] if job["error"]] == [3, 6, 10]
-    for words in ("job 3, text.wav: ", "job 6, missing.wav: ", "job 10, 1.wav: "):
+    assert (found["done"], found["failed"], found["left"]) == (5, 3, 0)
+    assert [job["job"] for job in found["jobs"] if job["error"]] == [3, 6, 8]
+    for words in ("job 3, text.wav: ", "job 6, missing.wav: ", "job 8, 1.wav: "):
         assert text.err.count(f"error: {words}") == 1
-    assert "batch    9 of 12 done, 3 failed" in text.out and text.out.count(" failed      ") == 3
-    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == [f"{n}.mp4" for n in range(9)]
+    assert "batch    5 of 8 done, 3 failed" in text.out and text.out.count(" failed      ") == 3
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == [f"{n}.mp4" for n in range(5)]
     assert all((path.stat().st_mtime_ns, path.read_bytes()) == before for path, before in seen.items())
     assert all(probe(path, count=False).has_audio for path in tmp_path.glob("*.mp4"))
     last = next(path for path in sorted(tmp_path.glob("*.mp4"), reverse=True))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import stoppable
 
 import sample
 import wan_s2v
@@ -438,10 +439,12 @@ def test_ffmpeg_ends_with_its_parent():
 
 
 def test_killed_runs(tmp_path, monkeypatch):
-    """The short form of kill_runs.py: its group killed. Ctrl-C has tests of its own above."""
+    """The short form of kill_runs.py, but for the start of Python: its group killed. Ctrl-C has tests of its own above."""
     monkeypatch.chdir(HERE)
     monkeypatch.setattr(kill_runs, "CLIPS", 3)
     monkeypatch.setattr(kill_runs, "COMMAND", kill_runs.COMMAND + kill_runs.quick())
+    monkeypatch.setattr(kill_runs, "start", lambda out: stoppable([*kill_runs.COMMAND[2:], "--clips", "3", "--out", str(out)],
+                                                                  [out.with_suffix(".log")] * 2))
     (tmp_path / "unbroken").mkdir()
     begin = time.monotonic()
     assert sample.cli([*kill_runs.COMMAND[2:], "--clips", "3", "--out", str(tmp_path / "unbroken" / "out.mp4")]) == 0
