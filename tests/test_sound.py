@@ -158,8 +158,10 @@ def shift(a, b, at, length=2400, most=3200):
     part, region = a[at:at + length], b[max(0, at - most):at + length + most]
     if part.std() < 1e-3 or len(region) < length:
         return None
-    match = np.correlate(region, part, "valid")
-    energy = np.sqrt(np.convolve(region ** 2, np.ones(length), "valid") * (part ** 2).sum()) + 1e-9
+    size, lags = len(region) + length, len(region) - length + 1      # np.correlate and np.convolve take ten times as long
+    match = np.fft.irfft(np.fft.rfft(region, size) * np.fft.rfft(part, size).conj(), size)[:lags]
+    total = np.concatenate([[0], np.cumsum(region.astype(float) ** 2)])
+    energy = np.sqrt(np.maximum(total[length:] - total[:lags], 1e-4 * (part ** 2).sum()) * (part ** 2).sum())         # of silence only rounding is left
     best = int((match / energy).argmax())
     return best - min(at, most) if (match / energy)[best] > 0.7 else None
 
