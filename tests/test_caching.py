@@ -20,6 +20,7 @@ from fast.caching import Speed, forecast_steps, forecast_weights, listed_steps, 
 from jobs.parts import Parts
 from sampling import Experts, denoise, guided_velocity, make_solver
 from tests.inputs import TINY, clip, random_net
+from tests.kill_runs import quick
 from tiny import evaluate
 from wan_s2v import WanS2VPipeline, run_sampler
 
@@ -342,7 +343,7 @@ def test_ssim():
 def test_the_table_of_given_pictures(tmp_path, capsys):
     """One command, any picture: no lips, but PSNR against the reference; a second run makes nothing anew; bad words come before any video."""
     options = ["--image", GIVEN["image"], "--speech", str(HERE / "samples"), "--out", str(tmp_path), "--videos", "1", "--seconds", "1.5",
-               "--clip-frames", "4", "--clips", "1", "--steps", "9", "--size", "64x64", "--tempo", "1.5"]
+               "--clip-frames", "4", "--clips", "1", "--steps", "9", "--size", "64x64", "--tempo", "1.5", *quick()]
     assert evaluate.main([*options, "--speed", "gate=2"]) == 2 and not list(tmp_path.glob("*.npy"))
     assert evaluate.main([*options, "--speed", "steps=0", "gate=1"]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())

@@ -55,10 +55,15 @@ def test_programs_say_what_they_wrote(tmp_path, capsys):
         assert target.exists() and f"wrote {target}" in said.replace("wrote    ", "wrote "), (place, said)
 
 
-def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants(capsys, monkeypatch):
+@pytest.fixture
+def small_vae(monkeypatch):
+    """As what takes time is not what is tested."""
     configs = random_weights.tiny("s2v-14B")
     configs["vae"] = dataclasses.replace(configs["vae"], dim=4, dec_dim=4)
     monkeypatch.setattr(random_weights, "tiny", lambda task: configs)
+
+
+def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants(capsys, monkeypatch, small_vae):
     def run(*arguments):
         bench.main(bench.parser().parse_args(["--device", "cpu", "--size", "64x64", "--repeats", "1", "--frames", "4", *arguments]))
         return capsys.readouterr().out
@@ -75,7 +80,7 @@ def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants(capsys, monkeypat
     assert error.count("\n") == 1 and "wants a GPU" in error, error
 
 
-def test_the_benchmark_of_streams(capsys):
+def test_the_benchmark_of_streams(capsys, small_vae):
     """Ways that ranks do not have are refused; on a CPU one is measured."""
     with pytest.raises(ValueError, match="--ways of --ranks are beside and rings8.beside, got graphs"):
         bench_live.main(bench_live.parser().parse_args(["--ranks", "2", "--ways", "graphs"]))
