@@ -404,14 +404,14 @@ stop.watch()
 stop.begin()
 def send():
     for _ in range({signals}):
-        time.sleep(0.3)
+        time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=send, daemon=True).start()
 try:
     with stop.finish_first():
-        end = time.monotonic() + 2
+        end = time.monotonic() + 1
         while time.monotonic() < end:
-            ctypes.CDLL(None).poll(None, 0, 2000)      # a call of C, without Python's lock
+            ctypes.CDLL(None).poll(None, 0, 1000)      # a call of C, without Python's lock
         print("finished", flush=True)
 except stop.Stopped:
     os._exit(0)
