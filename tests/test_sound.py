@@ -161,7 +161,8 @@ def shift(a, b, at, length=2400, most=3200):
     size, lags = len(region) + length, len(region) - length + 1      # np.correlate and np.convolve take ten times as long
     match = np.fft.irfft(np.fft.rfft(region, size) * np.fft.rfft(part, size).conj(), size)[:lags]
     total = np.concatenate([[0], np.cumsum(region.astype(float) ** 2)])
-    energy = np.sqrt(np.maximum(total[length:] - total[:lags], 1e-4 * (part ** 2).sum()) * (part ** 2).sum())         # of silence only rounding is left
+    loud = (part ** 2).sum()
+    energy = np.sqrt(np.maximum(total[length:] - total[:lags], 1e-4 * loud) * loud)          # of silence only rounding is left
     best = int((match / energy).argmax())
     return best - min(at, most) if (match / energy)[best] > 0.7 else None
 
