@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fast.convolution import suits
 from fast.plan import COMPILE_SECONDS
 from fast.probe import synchronize
-from formats.checkpoints import build
+from fast.vae_plan import network
 from model import layer_norm, modulate
 from vae import ResBlock, new_cache
 
@@ -90,7 +90,7 @@ def estimate_seconds(plan):
 
 def vae_flops(config, H, W):
     """Operations of the VAE per latent frame of H x W -> (encoding, decoding). Not counted: norms, and attention in the bottleneck, about 1%."""
-    net, full, frames = build("vae", config), 2 ** len(config.temporal_downsample), config.stride[0]
+    net, full, frames = network(config), 2 ** len(config.temporal_downsample), config.stride[0]
 
     def flops(n, scale, *layers):
         """Of convolutions that make n frames of H x W times scale."""

@@ -217,7 +217,7 @@ def test_nothing_is_compiled_again_for_a_later_clip(monkeypatch):
 def test_compiled(monkeypatch):
     """As the compiler reads it: traced, of any length, without a break. What it writes for a GPU is run in tests/gpu. Here, as the compiler's import
     takes seconds."""
-    monkeypatch.setattr(fast_blocks, "compiled", lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager"))
+    monkeypatch.setattr(fast_blocks, "compiled", lambda function: torch.compile(function, dynamic=True, fullgraph=True, backend="eager"))
     net = small_net("s2v")
     latents, t, arguments = small_clip(net)
     want = net(latents, t, net.prepare(**arguments))
