@@ -104,12 +104,14 @@ def stop_or_end(arguments, files):
 
 
 def forget(folder=Path(__file__).parents[1]):
-    """In a fork: what was imported from a folder was not, and is not found there."""
+    """In a fork: what was imported from a folder was not, and is not found there; but for the packages of an environment in it."""
+    def there(place):
+        return Path(place).is_relative_to(folder) and "site-packages" not in str(place)
     for name, module in list(sys.modules.items()):
         places = [getattr(module, "__file__", None)] if getattr(module, "__file__", None) else list(getattr(module, "__path__", []))
-        if any(str(place).startswith(f"{folder}/") for place in places):
+        if any(there(str(place)) for place in places):
             del sys.modules[name]
-    sys.path[:] = [path for path in sys.path if path and not Path(path).is_relative_to(folder)]
+    sys.path[:] = [path for path in sys.path if path and not there(path)]
     sys.path_importer_cache.clear()
 
 
