@@ -72,7 +72,7 @@ class Live(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("config, chunk", [(EIGHT, 8192), (FP8, 8192), (FP8, None), (BF16, 8192), (BF16, None)])
+@pytest.mark.parametrize("config, chunk", [(EIGHT, 16384), (FP8, 16384), (FP8, None), (BF16, 16384), (BF16, None)])
 def test_activation_bytes_are_those_of_live_tensors(monkeypatch, config, chunk):
     """A forward of two full-size blocks, not compiled, on tensors without content."""
     def linear(self, x):
