@@ -21,7 +21,7 @@ except ImportError:                                                  # comes wit
 
 def jit(function):
     """Compiled once for all numbers of tokens and sizes of a picture, at the first call."""
-    return triton.jit(function, do_not_specialize=["n", "N", "first", "h", "w", "begun", "added"]) if triton else function
+    return triton.jit(function, do_not_specialize=["n", "N", "first", "h", "w", "cached", "residual"]) if triton else function
 
 
 @cache
