@@ -3,8 +3,8 @@
 A video of P = 1 + 4n frames has T = 1 + n latent frames: the first frame is encoded alone, as a picture, then every four frames become
 one latent frame. All layers are causal in time, so a video can be processed in chunks of any length, in constant memory.
 
-Feature cache. A causal convolution needs the last frames of its previous input. They live outside the network, in `cache`: a queue with one entry per
-temporal convolution. Each layer takes its entry from the front and appends the new one at the back. A stream starts with a single frame and with None in
+Feature cache. A causal convolution needs the last frames of its previous input. They live outside the network, in `cache`: a queue with an entry per
+temporal convolution. Each layer takes its entry from the front and appends the new one at the back. A stream starts with a single frame and None in
 every entry: convolutions then pad with zeros, and changes of the frame rate let the frame through, so that one frame stays one frame.
 
 Tiles. Only the attention of the bottleneck mixes all pixels of a frame. The stages of higher resolution can therefore run on one tile of

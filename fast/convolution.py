@@ -126,12 +126,16 @@ def widths(channels):
     return min(WIDTHS, key=lambda pair: -(-channels // sum(pair)) * sum(pair))
 
 
-class FastResBlock(ResBlock):
-    """Has all that a ResBlock has, and is one for inputs that the kernels cannot take."""
+class Twin(nn.Module):
+    """Has all that another module has: the same parameters and parts."""
 
-    def __init__(self, block):
+    def __init__(self, other):
         nn.Module.__init__(self)
-        self.__dict__.update(block.__dict__)
+        self.__dict__.update(other.__dict__)
+
+
+class FastResBlock(Twin, ResBlock):
+    """A ResBlock by the kernels, and as vae.py has it for inputs that they cannot take."""
 
     def forward(self, x, cache):
         if not suits(x, self.conv1, self.conv2):
@@ -143,12 +147,8 @@ class FastResBlock(ResBlock):
             return product(buffer, x.shape, self.conv2, pointwise(x, self.shortcut) if self.shortcut else x)
 
 
-class FastDecoder(Decoder):
+class FastDecoder(Twin, Decoder):
     """The same of a Decoder's last convolution."""
-
-    def __init__(self, decoder):
-        nn.Module.__init__(self)
-        self.__dict__.update(decoder.__dict__)
 
     def output(self, x, cache):
         if not suits(x, self.conv_out):

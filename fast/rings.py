@@ -54,7 +54,7 @@ class BlockGraphs:
             return self.plain(x, conds, moved)
         key, given = stream.frame % stream.window, self.changing(x, conds, moved)
         held = [stream.experts, *(ring.ref_keys for ring in stream.rings)]                   # whose addresses are in the graphs too
-        if len(held) != len(self.held) or any(a is not b for a, b in zip(held, self.held)):
+        if [*map(id, held)] != [*map(id, self.held)]:
             self.graphs, self.pool, self.held = {}, None, held
             self.inputs = [tensor.clone() for tensor in given]
             self.x, self.conds, self.moved = self.with_inputs(conds)

@@ -39,10 +39,9 @@ def still_encoder(encoder):
 def still(vae, picture):
     """As live.still, but for rounding: picture (1, 3, 1, height, width) -> reference, still latent, each (1, z, 1, H, W)"""
     def encode():
-        (mean, std), frames, latents = vae.latent_statistics(), vae.stride[0], []
-        for z in vae.encode_stream([picture] * (1 + frames * REF_LATENT), 1):
-            latents.append(z)
+        (mean, std), frames = vae.latent_statistics(), vae.stride[0]
+        begun = torch.cat(list(vae.encode_stream([picture] * (1 + frames * REF_LATENT), 1)), dim=2)           # (1, z, 1 + REF_LATENT, H, W)
         going_on = [0]                                               # what is not None: a stream that has begun
         mu, _ = still_encoder(vae.encoder)(picture.expand(-1, -1, frames, -1, -1), going_on).float().chunk(2, dim=1)
-        return torch.cat([torch.cat(latents, dim=2)[:, :, REF_LATENT:], (mu - mean) / std], dim=2)
+        return torch.cat([begun[:, :, REF_LATENT:], (mu - mean) / std], dim=2)
     return vae.with_fp32_fallback(encode).split(1, dim=2)
