@@ -21,6 +21,7 @@ from media.video import MONO_STEREO, QUALITY, TO_YUV
 
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
+KNOWN = ["-probesize", "32", "-analyzeduration", "0"]                # of inputs: read nothing ahead to find out what is said already
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
 
 
@@ -103,12 +104,12 @@ class StreamWriter:
         if self.raw:
             self.out = open(self.file, "wb", closefd=not piped)
             return
-        inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps),
+        inputs = [*KNOWN, "-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps),
                   "-thread_queue_size", "64", "-i", "pipe:0"]
         passed, codec = (), ["-map", "0:v:0"]
         if self.rate:
             reader, writer = os.pipe()
-            inputs += ["-f", "f32le", "-ar", str(self.rate), "-ac", str(self.channels), "-thread_queue_size", "64", "-i", f"pipe:{reader}"]
+            inputs += [*KNOWN, "-f", "f32le", "-ar", str(self.rate), "-ac", str(self.channels), "-thread_queue_size", "64", "-i", f"pipe:{reader}"]
             sound = ["-c:a", "aac", "-b:a", "192k", "-af", f"aformat=channel_layouts={'|'.join(MONO_STEREO)}"]
             passed, codec = (reader,), [*codec, "-map", "1:a:0", *sound]
         self.log = tempfile.TemporaryFile()

@@ -315,6 +315,19 @@ def test_a_player_waits_for_the_latest_part_of_a_block(monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------------------ video out
 
+def test_the_encoder_reads_nothing_ahead(monkeypatch):
+    """ffmpeg 7 wants megabytes of raw sound to find out what it is, and waits for them, as we for it: of no input may it read more than it is given."""
+    def popen(command, **options):
+        commands.append(command)
+        return started(command, **options)
+    commands, started = [], out.subprocess.Popen
+    monkeypatch.setattr(out.subprocess, "Popen", popen)
+    with open(os.devnull, "wb") as file, out.StreamWriter(file.fileno(), (32, 48), 25, rate=16000) as writer:
+        writer.write(torch.zeros(3, 12, 32, 48), np.zeros((7680, 1), np.float32))
+    inputs = " ".join(commands[0]).split(" -i ")[:-1]
+    assert len(inputs) == 2 and all("-probesize 32 -analyzeduration 0" in words for words in inputs)
+
+
 def test_a_player_can_open_it_meanwhile(tmp_path):
     """What was written so far is a valid mp4 before the end, beside the file of that name that was there before; in the end it takes its place."""
     path, other, frames = tmp_path / "a.mp4", tmp_path / "a.partial.mp4", torch.rand(3, 12, 32, 48)
