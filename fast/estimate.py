@@ -61,8 +61,8 @@ def rates(cfg, config, fp8_matrices, tokens):
     return 2 * len(x) * C * cfg.ffn_dim / matmul, 4 * tokens * tokens * C / attention
 
 
-def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens):
-    """Of one forward, from a probe of a second.  config: RunConfig
+def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens, attention=None):
+    """Of one forward, from a probe of a second.  config: RunConfig; attention: seconds of a layer's self-attention, if it is another than of all to all
 
     A GPU reaches REACHED of the rates it finds. On a CPU norms and RoPE, which no kernel joins to the products, take as long as 30 modulated norms
     per layer (measured for widths of 128 to 1280).
@@ -71,11 +71,12 @@ def forward_seconds(cfg, config, fp8_matrices, tokens, video_tokens):
     some = min(tokens, 16384 if device.type == "cuda" else 1024)
     matmul, attend = rates(cfg, config, fp8_matrices, some)
     linear, attn = forward_flops(cfg, tokens, video_tokens)
+    products, attention = linear / matmul, attn / attend if attention is None else cfg.n_layer * attention
     if device.type == "cuda":
-        return (linear / matmul + attn / attend) / REACHED[bool(config.compile)]
+        return (products + attention) / REACHED[bool(config.compile)]
     x, shift, scale = torch.randn(3, some, cfg.dim)
     norms = best_seconds(lambda: modulate(layer_norm(x, cfg.eps), shift, scale), device)
-    return linear / matmul + attn / attend + 30 * cfg.n_layer * norms * tokens / some
+    return products + attention + 30 * cfg.n_layer * norms * tokens / some
 
 
 def estimate_seconds(plan):

@@ -56,6 +56,7 @@ class Listening:
             return torch.zeros(self.cfg.n_layer + 1, self.cfg.dim, end - first)
         mean = self.sums[1] / self.sums[0]
         var_mean = [torch.tensor(x, dtype=torch.float32) for x in (max(0.0, self.sums[2] / self.sums[0] - mean * mean), mean)]
-        states = encode(self.encoder, normalise(self.window[:(frames - 1) * hop + field], var_mean))                   # (S, frames, C)
+        values = normalise(self.window[:(frames - 1) * hop + field], var_mean).to(self.encoder.project.weight.device)
+        states = encode(self.encoder, values)                                                # (S, frames, C)
         features = interpolate(states, (position - self.first // hop).clamp(0, frames - 1).float()).transpose(1, 2)    # (S, C, n)
-        return F.pad(features, (0, end - first - features.shape[2]))
+        return F.pad(features, (0, end - first - features.shape[2])).cpu()

@@ -12,7 +12,6 @@ sending   Notes go from host to host (gloo), latents from device to device (NCCL
 reference With `replace_ref` the last in line sends the first latent to the first, and it goes along with the block that needs it.
 """
 import pickle
-import time
 from typing import NamedTuple
 
 import torch
@@ -93,9 +92,9 @@ class Relay(live.Live):
         self.stream.sigmas, self.stream.timesteps = sigmas[self.own.start:self.own.stop + 1], timesteps[self.own.start:self.own.stop]
 
     def blocks(self, sound, hear):
-        """Yield per block its features and how many frames there will be in all.
+        """Yield per block its features, how many frames there will be in all, and when it was heard.
 
-        sound  yields both, on the first in line; what it hears on the way is to be put in `samples`        hear  takes these samples, on the last
+        sound  yields them, on the first in line; what it hears on the way is to be put in `samples`        hear  takes these samples, on the last
         """
         line, stream = self.line, self.stream
         for note in self.notes(sound) if line.first else iter(line.receive, None):
@@ -104,7 +103,7 @@ class Relay(live.Live):
             self.note = note
             for samples in note.samples if line.last else ():
                 hear(samples)
-            yield note.features, note.total
+            yield note.features, note.total, note.heard
         if not line.last:
             line.send(None)
         if self.replace_ref and line.first and 0 < stream.frame <= stream.window:
@@ -113,8 +112,8 @@ class Relay(live.Live):
         synchronize(self.picture.motion.device)                      # a process that ends takes nothing down with it
 
     def notes(self, sound):
-        for features, total in sound:
-            yield Note(self.stream.frame, features, total, self.samples.copy(), time.perf_counter())
+        for features, total, heard in sound:
+            yield Note(self.stream.frame, features, total, self.samples.copy(), heard)
             self.samples.clear()
 
     @torch.no_grad()

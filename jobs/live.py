@@ -1,7 +1,9 @@
 """`python sample.py --live`: a picture speaks while the sound is heard. live_plan.py says what it will be and take."""
 import math
 import os
+import queue
 import sys
+import threading
 import time
 from collections import deque
 
@@ -10,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 import live
-from fast.probe import pick_device, synchronize
+from fast.probe import pick_device
 from fast.listening import AHEAD, Listening
 from fast.relay import Relay
 from fast.stills import still
-from jobs.live_plan import FRAMES, expected, make_plan, own_experts
+from jobs.live_plan import FRAMES, expected, make_plan, own_experts, ring_class
 from media.given import default_float32
 from media.pictures import fit_picture, load_image
 from media.sound import RATE
@@ -54,13 +56,6 @@ def open_live(checkpoint, plan, replace_ref=False):
     return video
 
 
-def ring_class(plan):
-    if plan.config.device.type == "cpu":
-        return live.Ring
-    from fast import rings, rings8
-    return rings8.Ring8 if plan.rings8 else rings.GPURing
-
-
 def load_denoiser(checkpoint, name, o):
     net = checkpoint.load(name, o.device, o.dtype, o.fp8)
     if o.device.type == "cpu":
@@ -73,15 +68,17 @@ def load_denoiser(checkpoint, name, o):
 # ----------------------------------------------------------------------------------------------------------------------------- sound
 
 def from_file(speech, checkpoint, config, fps, frames):
-    """Yield per block the features (S, C, 12) of a sound file and how many frames there will be in all, until it ends."""
+    """Yield per block of a sound file its features (S, C, 12), how many frames there will be in all, and when it was asked for, until it ends."""
     from fast.hearing import Hearing
     hearing = Hearing(speech, checkpoint.configs["audio"], lambda: checkpoint.load("audio", config.device, torch.float32), config.device, fps, FRAMES)
     for first in range(0, frames + live.WARM_UP, FRAMES):
-        yield hearing(first, first + FRAMES), frames
+        asked = time.perf_counter()
+        yield hearing(first, first + FRAMES), frames, asked
 
 
 def from_pipe(file, checkpoint, config, fps, frames, heard):
-    """The same of 16-bit samples from a pipe, each block as soon as it can be heard.  heard  takes what was read, for the sound under the picture"""
+    """The same of 16-bit samples from a pipe, each block as soon as it can be heard, and when that was.  heard  takes what was read, for the sound
+    under the picture"""
     listening, first, done = Listening(checkpoint.load("audio", config.device, torch.float32), fps), 0, False
     while first < frames + live.WARM_UP:
         while not done and (missing := listening.wanted(first + FRAMES) - listening.heard) > 0:
@@ -94,9 +91,32 @@ def from_pipe(file, checkpoint, config, fps, frames, heard):
                              "`ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 -`")
         if done:                                                     # now it is known where the sound ends
             frames = min(frames, math.ceil(listening.heard / RATE * fps - 1e-6))
+        there = time.perf_counter()
         if first < frames + live.WARM_UP:
-            yield listening(first, first + FRAMES), frames
+            yield listening(first, first + FRAMES), frames, there
         first += FRAMES
+
+
+def ahead(blocks, device):
+    """The same blocks, each made in a thread of its own on a stream of its own: a GPU encodes the sound of the next while this one is decoded."""
+    made = queue.Queue(1)
+
+    def work():
+        try:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
+                for block in blocks:
+                    made.put((block, None))
+                made.put((None, None))
+        except BaseException as error:
+            made.put((None, error))
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        block, error = made.get()
+        if error is not None:
+            raise error
+        if block is None:
+            return
+        yield block
 
 
 class Under:
@@ -165,7 +185,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     video, alone = open_live(checkpoint, plan, args.replace_ref), plan.line.size == 1
     if speech is None:
         under = Under(RATE, 1, fps, shift)
-        sound = from_pipe(sys.stdin.buffer, checkpoint, o, fps, plan.frames, under.hear if alone else video.samples.append)
+        microphone = open(0, "rb", buffering=0, closefd=False)       # a thread that still reads a buffered one cannot be left behind
+        sound = from_pipe(microphone, checkpoint, o, fps, plan.frames, under.hear if alone else video.samples.append)
     else:
         from media.sound import cut
         kept = speech.recording
@@ -174,12 +195,14 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
     if not alone:
         sound = video.blocks(sound, under.hear)
+    elif o.device.type == "cuda":
+        sound = ahead(sound, o.device)
     if not plan.line.last:
-        for features, _ in sound:
+        for features, *_ in sound:
             video.latents(onto(features, o.device))
         return
     waits = (FRAMES + live.WARM_UP - plan.early) / fps + AHEAD if speech is None else None                # the first sound of a block, for its last
-    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, None if alone else lambda: video.note.heard)
+    clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, alone)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
     if writer.file != writer.path:
         print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
@@ -187,7 +210,6 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         with writer, clock:
             for frames, total in pictures(video, clock.waiting(sound), o.device, speech is not None):
                 frames = frames[:, :int(min(total - writer.frames, frames.shape[1]))]
-                synchronize(o.device)
                 if frames.shape[1]:
                     writer.write(frames, under.below(frames.shape[1]))
                 clock.wrote(frames.shape[1])
@@ -227,11 +249,11 @@ class Clock:
     """A bar that says frames per second and how the stream stands to real time: ahead of it, behind it; or, for live input, how late it is.
 
     waits  of live input, seconds between the first sound of a block and the last that it needs; None: a file
-    when   says when the sound of the block at hand was there, if another process has heard it: then many blocks are being made at once
+    alone  is one block made at a time, not many by many processes?
     """
 
-    def __init__(self, fps, total, waits, when=None):
-        self.fps, self.waits, self.when, self.frames, self.begin, self.late, self.seconds = fps, waits, when, 0, None, [], 0.0
+    def __init__(self, fps, total, waits, alone=True):
+        self.fps, self.waits, self.alone, self.frames, self.begin, self.late, self.seconds = fps, waits, alone, 0, None, [], 0.0
         self.heard = self.wrote_at = 0.0                             # when the sound of the block at hand was there, and when frames were last written
         self.shown = 0                                               # frames of the block at hand that are written
         self.bar = tqdm(total=total, unit="frame", bar_format="{desc}: {n_fmt} frames [{elapsed}{postfix}]" if total is None else None)
@@ -244,15 +266,14 @@ class Clock:
 
     def waiting(self, sound):
         """The blocks of a sound, noting when each had been heard."""
-        for block in sound:
-            self.heard = self.when() if self.when else time.perf_counter()
+        for features, total, self.heard in sound:
             self.begin, self.shown, self.late = self.begin or self.heard, 0, [*self.late[-99:], 0.0]
-            yield block
+            yield features, total
 
     def wrote(self, frames):
         now = time.perf_counter()
         self.late[-1] = max(self.late[-1], now - self.heard - self.shown / self.fps)             # by which a player must wait, for all of the block
-        self.seconds = now - self.begin if self.when else self.seconds + now - max(self.heard, self.wrote_at)
+        self.seconds = self.seconds + now - max(self.heard, self.wrote_at) if self.alone else now - self.begin
         self.frames, self.shown, self.wrote_at = self.frames + frames, self.shown + frames, now
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
         ahead = self.frames / self.fps - (now - self.begin)

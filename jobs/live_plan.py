@@ -3,6 +3,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -182,14 +183,34 @@ def own_experts(checkpoint, plan):
     return experts_of_steps(checkpoint, plan.config)[own.start:own.stop]
 
 
+def ring_class(plan):
+    if plan.config.device.type == "cpu":
+        return live.Ring
+    from fast import rings, rings8
+    return rings8.Ring8 if plan.rings8 else rings.GPURing
+
+
+def ring_seconds(plan, cfg, n):
+    """Of a layer's attention of a block to a full ring, with what is written there."""
+    from fast.blocks import attention_backend
+    from fast.estimate import best_seconds
+    K, D, device = cfg.n_head, cfg.dim // cfg.n_head, plan.config.device
+
+    def rows(*shape):
+        return torch.randn(*shape, K, D, device=device, dtype=plan.config.dtype)
+    ring = ring_class(plan)(SimpleNamespace(rows=[rows(2, 1, int(2.5 * n))], ref_keys=[rows(1, n)]), n, plan.window)
+    (q, k, v), moved = (rows(1, live.BLOCK * n) for _ in range(3)), torch.ones(2, n, 1, D // 2, device=device)
+    with torch.no_grad(), attention_backend(device):
+        return best_seconds(lambda: ring.attend(q, k, v, 0, 0, plan.window, moved), device)
+
+
 def expected(plan, checkpoint):
-    """Frames per second, from a probe of a second or two: four forwards and the VAE, one after the other; on many GPUs those of the slowest."""
-    from fast.estimate import forward_flops, forward_seconds, rates, vae_flops, vae_rate
-    o, cfg, vae = replace(plan.config, attention8=plan.rings8), checkpoint.configs["denoiser"], checkpoint.configs["vae"]
+    """Frames per second, from a probe of some seconds: the forwards and the VAE, one after the other; on many GPUs those of the slowest."""
+    from fast.estimate import forward_seconds, vae_flops, vae_rate
+    cfg, vae = checkpoint.configs["denoiser"], checkpoint.configs["vae"]
+    o = replace(plan.config, compile=plan.config.compile is not False)
     H, W = plan.height // vae.stride[1], plan.width // vae.stride[1]
-    tokens = live.BLOCK * H * W // math.prod(PATCH)
-    keys = tokens * (plan.window + 2.5) / live.BLOCK
-    attend = rates(cfg, o, plan.fp8, tokens)[1]
-    forward = forward_seconds(cfg, o, plan.fp8, tokens, tokens) + forward_flops(cfg, tokens, tokens)[1] * (keys / tokens - 1) / attend
+    n = H * W // math.prod(PATCH)
+    forward = forward_seconds(cfg, o, plan.fp8, live.BLOCK * n, live.BLOCK * n, ring_seconds(plan, cfg, n))
     decoding, line = live.BLOCK * vae_flops(vae, H, W)[1] / vae_rate(vae, plan), (Line(rank, plan.line.size) for rank in range(plan.line.size))
     return FRAMES / max(len(place.steps(o.steps)) * forward + place.last * decoding for place in line)

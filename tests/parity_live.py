@@ -245,8 +245,8 @@ def pipeline_of_gpus(meta, golden, run, line=None):
     stream = Relay(picture, line, steps, **options) if line else live.Live(picture, **options)
     blocks, draws = noise.split(live.BLOCK, dim=2), iter([d for row in zip(*distances, strict=True) for d in row])
     stream.noise, stream.draw = lambda audio, given=iter(blocks): next(given).float(), lambda: next(draws)
-    heard = ((sound[..., 12 * block:12 * block + 12][0], math.inf) for block in range(len(blocks)))
-    for features, _ in stream.blocks(heard, None) if line else heard:
+    heard = ((sound[..., 12 * block:12 * block + 12][0], math.inf, 0.0) for block in range(len(blocks)))
+    for features, *_ in stream.blocks(heard, None) if line else heard:
         made.append(stream.latents(features[None]))
         if line is None or line.last:
             frames.append(stream.frames(made[-1]))

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,14 +304,41 @@ def test_live_frames_leave_as_they_are_decoded(parts):
 
 def test_a_player_waits_for_the_latest_part_of_a_block(monkeypatch):
     """Parts of 4 frames last 0.16 s at 25 fps: 0.2, 0.14 and 0.08 s late in the first block, 0.1, 0.3 and 0.14 in the second, the same in the third."""
-    now = iter([10, 10.2, 10.3, 10.4, 10.48, 10.58, 10.94, 10.94, 10.96, 11.06, 11.42, 11.42])
+    now, sound = iter([10.2, 10.3, 10.4, 10.58, 10.94, 10.94, 11.06, 11.42, 11.42]), [(None, None, there) for there in (10, 10.48, 10.96)]
     clock = program.Clock(25, None, 0.76)
     monkeypatch.setattr(program.time, "perf_counter", lambda: next(now))
-    for _ in clock.waiting(range(3)):
+    for _ in clock.waiting(sound):
         for _ in range(3):
             clock.wrote(4)
     assert str(clock) == f"{36 / 1.32:.1f} frames/s while working, {36 / 1.32 / 25:.2f} times real time; " \
                          "a sound is seen at most 1.06 s after it was heard, in the median block"
+
+
+def test_sound_is_encoded_while_a_block_is_made(monkeypatch):
+    """In a thread, one block ahead; what fails there fails here, behind the blocks before it."""
+    def sound():
+        for block in range(3):
+            threads.append(threading.current_thread())
+            yield block
+        raise OSError("the reader has gone")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    threads, blocks = [], program.ahead(sound(), torch.device("cpu"))
+    assert next(blocks) == 0
+    while len(threads) < 3:                                          # the third waits for room
+        time.sleep(0.001)
+    assert [next(blocks), next(blocks)] == [1, 2] and {*threads} == {threads[0]} != {threading.current_thread()}
+    with pytest.raises(OSError, match="the reader has gone"):
+        next(blocks)
+    assert [*program.ahead(iter(range(5)), torch.device("cpu"))] == [*range(5)]
+
+
+def test_a_pipe_may_come_in_pieces():
+    class Pieces(io.BytesIO):
+        def read(self, n):
+            return super().read(min(n, 5))
+    samples, file = np.arange(7, dtype="<i2"), Pieces(np.arange(7, dtype="<i2").tobytes())
+    assert torch.equal(out.pcm(file, 4), torch.from_numpy(samples[:4] / np.float32(32768)))
+    assert len(out.pcm(file, 4)) == 3 and len(out.pcm(file, 4)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------------------ video out

@@ -33,10 +33,10 @@ def relay(rank, parts, size, replace_ref, change=None):
     def sound():
         for block, features in enumerate(parts.sound[:5]):
             video.samples.extend([2 * block, 2 * block + 1])
-            yield features[0], 100 + block
+            yield features[0], 100 + block, 0.5 * block
     made = []
-    for features, total in video.blocks(sound(), heard.append):
-        assert total == 100 + len(made)
+    for features, total, there in video.blocks(sound(), heard.append):
+        assert (total, there) == (100 + len(made), 0.5 * len(made))
         made.append(video.latents(features[None]))
         if line.last:
             made[-1] = video.frames(made[-1])

@@ -1,11 +1,15 @@
 """A stream on an NVIDIA GPU: its rings, graphs and the VAE beside it, against live.Ring in one piece.  pytest -s tests/gpu/test_rings.py"""
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import live
+import sample
 from fast import fp8, kernels
 from fast.blocks import FastDenoiser
 from fast.convolution import use_kernels
@@ -15,12 +19,17 @@ from model import Config
 from tests.inputs import random_net
 from tiny.random_weights import random_part
 from formats.checkpoints import materialise
+from jobs import live as program
+from media.ffmpeg import probe
+from media.sound import load_audio
 from vae import VAEConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 eight_bit_cores = pytest.mark.skipif(not (torch.cuda.is_available() and kernels.triton and fp8.multiplies_fp8(torch.device("cuda"))),
                                      reason="needs Triton and a GPU of compute capability 8.9")
 CFG = Config(dim=512, ffn_dim=1024, n_head=4, n_layer=4, text_dim=64, text_len=16, freq_dim=64, audio_dim=32, audio_states=3, audio_layers=(0, 2))
+HERE = Path(__file__).parents[2]
+GIVEN = ["--live", "--image", str(HERE / "samples" / "face.png"), "--device", "cuda"]
 WINDOW, BLOCKS = 6, 6                                                # rings are full from the third block on
 
 
@@ -128,3 +137,17 @@ def test_8_bit_rings_go_on(parts):
     later = live.Live(parts.picture, 9, WINDOW, ring=Ring8).restore(state)
     made = [first.block(sound) for sound in parts.sound[3:]]
     assert all(torch.equal(a, later.block(sound)) for a, sound in zip(made, parts.sound[3:]))
+
+
+def test_the_program_writes_a_file(tmp_path, monkeypatch):
+    """The tiny checkpoint, with CUDA graphs: sound encoded beside, blocks decoded beside, an mp4."""
+    monkeypatch.setattr(program, "LONG", 10)
+    assert sample.cli([*GIVEN, "--audio", str(HERE / "samples" / "voice.flac"), "--out", str(tmp_path / "a.mp4")]) == 0
+    assert probe(str(tmp_path / "a.mp4")).frames == 96
+
+
+def test_the_program_hears_a_pipe():
+    """The same by standard input, to standard output."""
+    sound = (load_audio(str(HERE / "samples" / "voice.flac")) * 32767).to(torch.int16).numpy().tobytes()
+    run = subprocess.run([sys.executable, "sample.py", *GIVEN, "--audio", "-", "--raw", "--out", "-"], cwd=HERE, input=sound, capture_output=True)
+    assert run.returncode == 0 and len(run.stdout) == 96 * 128 * 128 * 3, run.stderr.decode()[-1000:]
