@@ -1,7 +1,7 @@
 """How fast is a stream, and does it stay in its memory? Random weights at full size, made on the device: no checkpoint is needed.
 
     python -m fast.bench_live --size 704x384                      frames per second of live.py, in several ways, and where the time goes
-    python -m fast.bench_live --size 192x128 --flat 500           memory at block 20 and at the last
+    python -m fast.bench_live --size 192x128 --flat 500           memory at block 20 and at the last; the same bytes from a saved state, by a seed
     python -m fast.bench_live --size 704x384 --ways plain,beside  these ways alone
     python -m fast.bench_live --size 704x384 --ranks 4            a stream by 4 GPUs, each of which makes some of the steps: fast/relay.py
 
@@ -15,13 +15,16 @@ output already. The last line is JSON.
 if __name__ == "__main__":
     import fast.ctrl_c  # noqa: F401
 import argparse
+import copy
 import gc
+import hashlib
 import json
 import math
 import os
 import sys
 import time
 import traceback
+from collections import deque
 
 import torch
 import torch.distributed as dist
@@ -84,21 +87,17 @@ def used(device):
         return *gpu, int(file.read().split()[1]) * 4096 / GIB
 
 
-def make(bench, video, blocks, beside):
-    """So many blocks, their frames on the host -> seconds"""
+def make(bench, video, blocks, beside, seen=lambda frames: None):
+    """So many blocks, their frames on the host, where `seen` is called with them -> seconds"""
     synchronize(bench.device)
-    start, waiting = time.perf_counter(), None
+    start, waiting = time.perf_counter(), deque()
     for i in range(blocks):
         latents = video.latents(bench.audio(i))
-        if beside is None:
-            video.frames(latents).cpu()
-            continue
-        following = beside(latents)
-        if waiting:
-            waiting()
-        waiting = following
-    if waiting:
-        waiting()
+        waiting.append(beside(latents) if beside else video.frames(latents).cpu)
+        if len(waiting) > bool(beside):
+            seen(waiting.popleft()())
+    for frames in waiting:
+        seen(frames())
     synchronize(bench.device)
     return time.perf_counter() - start
 
@@ -199,16 +198,29 @@ def first_frames(bench):
 
 
 def flat(bench, picture, blocks):
-    """Memory at block 20 and at the last."""
-    video, at = bench.begin(picture, Ring8 if bench.args.flat_rings8 else GPURing), {}
-    beside = Beside(video) if bench.device.type == "cuda" else None
+    """Memory at block 20 and at the last. Are blocks 21 to 40 the same bytes from a saved state, and the first 20 by the same seed?"""
+    ring, gpu = Ring8 if bench.args.flat_rings8 else GPURing, bench.device.type == "cuda"
+    video, at, digests = bench.begin(picture, ring), {}, []
+    if gpu:                                                          # as sample.py makes a long stream
+        BlockGraphs(video.stream).capture_all(torch.zeros(video.shape, device=bench.device), bench.audio(0))
+    beside = Beside(video) if gpu else None
+
+    def make_20(video, beside):
+        digest = hashlib.sha256()
+        make(bench, video, 20, beside, lambda frames: digest.update(frames.numpy().tobytes()))
+        return digest.hexdigest()
     for first in range(0, blocks, 20):
-        make(bench, video, 20, beside)
+        digests.append(make_20(video, beside))
+        state = copy.deepcopy(video.state()) if first == 0 else state
         at[first + 20] = used(bench.device)
-    a, b = at[20], at[max(at)]
-    print(f"memory   block 20: {a[0]:.3f} GiB of tensors, {a[1]:.3f} reserved, {a[2]:.3f} on the host; "
-          f"block {max(at)}: {b[0]:.3f}, {b[1]:.3f}, {b[2]:.3f}")
-    return dict(blocks=max(at), first=a, last=b)
+        if first % 500 == 0 or first + 20 >= blocks:
+            print("memory   block {}: {:.3f} GiB of tensors, {:.3f} reserved, {:.3f} on the host".format(first + 20, *at[first + 20]), flush=True)
+    del video, beside
+    again, later = bench.begin(picture, ring), bench.begin(picture, ring).restore(state)
+    same = dict(seed=make_20(again, None) == digests[0], state=len(digests) < 2 or make_20(later, None) == digests[1])
+    print(f"bytes    the first 20 blocks by the same seed: {'the same' if same['seed'] else 'OTHER'}; blocks 21 to 40 from a saved state: "
+          f"{'the same' if same['state'] else 'OTHER'}", flush=True)
+    return dict(blocks=max(at), first=at[20], last=at[max(at)], same=same)
 
 
 def on_ranks(args, device, names, result):
@@ -221,10 +233,10 @@ def on_ranks(args, device, names, result):
     warm, found = args.window // live.BLOCK * 2 + 2, [None] * line.size
     for name in names:
         video, times = Relay(picture, line, args.steps, window=args.window, ring=Ring8 if "rings8" in name else GPURing), []
-        sound = video.blocks(((bench.audio(i)[0].cpu(), math.inf) for i in range(warm + args.blocks)), None)
+        sound = video.blocks(((bench.audio(i)[0].cpu(), math.inf, 0.0) for i in range(warm + args.blocks)), None)
         if line.last:
-            times = [time.perf_counter() for _ in pictures(video, sound, device, True)]
-        for features, _ in sound:
+            times = [time.perf_counter() for _ in pictures(video, (block[:2] for block in sound), device, True)]
+        for features, *_ in sound:
             video.latents(onto(features, device))
         dist.all_gather_object(found, used(device)[:2])
         if line.last:
@@ -248,7 +260,7 @@ def parser():
                    "no others)")
     p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own")
     p.add_argument("--flat-rings8", action="store_true", help="with --flat: rings in 8 bits")
-    p.add_argument("--flat", type=int, metavar="N", help="make so many blocks and compare memory, nothing else")
+    p.add_argument("--flat", type=int, metavar="N", help="make so many blocks and compare memory and bytes, nothing else")
     p.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=True, help="float8 matrices (default: on)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks' per-token parts (default: on)")
     p.add_argument("--vae-dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")

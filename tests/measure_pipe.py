@@ -23,7 +23,8 @@ STEP = RATE // 50
 def main(args, others):
     sound = np.tile(np.asarray(load_audio(args.audio)), 1 + int(args.seconds * RATE) // 16000)[:int(args.seconds * RATE)]
     samples, width, height = (sound * 32767).astype("<i2"), *args.size
-    command = [sys.executable, "sample.py", "--live", "--audio", "-", "--image", args.image, "--raw", "--out", "-", "--fps", f"{args.fps:g}", *others]
+    command = [sys.executable, "sample.py", "--live", "--audio", "-", "--image", args.image, "--raw", "--out", "-", "--fps", f"{args.fps:g}",
+               "--size", f"{width}x{height}", *others]
     program = subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     spoken, said = {}, []                                            # number of a sample -> when it was spoken
 
