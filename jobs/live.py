@@ -20,7 +20,7 @@ from jobs.live_plan import FRAMES, expected, make_plan, own_experts, ring_class
 from media.given import default_float32
 from media.pictures import fit_picture, load_image
 from media.sound import RATE
-from media.stream import StreamWriter, pcm
+from media.stream import WAITING, StreamWriter, pcm
 from text import Tokenizer, encode_prompt
 
 LONG = 1000      # frames: streams as long as that have CUDA graphs on a GPU, which take 3 s to make and help most where the host is busy
@@ -203,7 +203,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         return
     waits = (FRAMES + live.WARM_UP - plan.early) / fps + AHEAD if speech is None else None                # the first sound of a block, for its last
     clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, alone)
-    writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw)
+    writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw,
+                          WAITING + max(0, -args.av_offset))        # the sound of a later frame may not have been heard
     if writer.file != writer.path:
         print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
     try:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from media.video import MONO_STEREO, QUALITY, TO_YUV
 
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
+WAITING = 24                 # frames: ffmpeg takes none while its sound is 0.1 to 0.3 s behind them, and that comes with later frames
+PATIENCE = 5                 # seconds for those that wait, after an error
 KNOWN = ["-probesize", "32", "-analyzeduration", "0"]                # of inputs: read nothing ahead to find out what is said already
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
 
@@ -41,13 +44,14 @@ class StreamWriter:
 
     path      a file, or a file descriptor; .file is what is written meanwhile          rate, channels  of the sound; rate 0: no sound
     raw       rgb24 frames one behind the other, no sound, no ffmpeg
+    waiting   frames that wait for ffmpeg, at most: WAITING, and as many as their sound is given later than they
     An exception leaves what was written so far, which is whole, as .file. Nothing is written before the first frame comes.
     raises    OSError if the reader has gone or writing fails, one line
     """
 
-    def __init__(self, path, size, fps, rate=0, channels=1, raw=False):
-        self.path, self.size, self.fps, self.rate, self.channels, self.raw = path, tuple(size), fps, 0 if raw else rate, channels, raw
-        self.frames, self.out, self.encoder, self.log, self.file = 0, None, None, None, meanwhile(path)
+    def __init__(self, path, size, fps, rate=0, channels=1, raw=False, waiting=WAITING):
+        self.path, self.size, self.fps, self.rate, self.channels, self.raw, self.waiting = path, tuple(size), fps, rate * (not raw), channels, raw, waiting
+        self.frames, self.pictures, self.sound, self.encoder, self.file = 0, None, None, None, meanwhile(path)
 
     def __enter__(self):
         return self
@@ -64,36 +68,37 @@ class StreamWriter:
             raise ValueError(f"frames {self.frames} to {self.frames + frames.shape[1] - 1} hold NaN or infinite values: "
                              "nothing sensible can be written")
         pixels = frames.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()    # (P, H, W, 3)
-        if self.out is None:
+        if self.pictures is None:
             self._start()
-        if self.rate and samples is not None and len(samples):
+        if self.sound and samples is not None and len(samples):
             self.sound.put(np.ascontiguousarray(samples, "<f4").tobytes())
-        try:
-            self.out.write(memoryview(pixels).cast("B"))
-            self.out.flush()
-        except OSError:
-            self._failed()
+        for frame in pixels:
+            self.pictures.put(memoryview(frame).cast("B"))
+        if self.pictures.gone:
+            self.close()
         self.frames += len(pixels)
 
     def close(self, quiet=False):
-        """End the file.  quiet: another error is on its way"""
-        if self.out is None:
+        """End the file.  quiet: another error is on its way, and a reader that stalls is not waited for"""
+        if self.pictures is None:
             return
-        out, self.out = self.out, None
-        if self.rate:
-            self.sound.put(None)
-        try:
-            out.close()
-        except OSError:
-            pass
-        if self.encoder is None:
-            return
-        code = self.encoder.wait()
-        self.log.seek(0)
-        reason = last_line(self.log.read(), code) if code else ""
-        self.log.close()
-        if code and not quiet:
-            raise OSError(f"cannot write {self.named}: the video encoder stopped ({reason})")
+        pictures, self.pictures = self.pictures, None
+        if self.sound:
+            self.sound.close(0)
+        patience = PATIENCE if quiet else None
+        pictures.close(patience)
+        reason = "the reader has gone" * pictures.gone
+        if self.encoder:
+            try:
+                code = self.encoder.wait(patience)
+            except subprocess.TimeoutExpired:
+                self.encoder.kill()
+                code = self.encoder.wait()
+            self.log.seek(0)
+            reason = f"the video encoder stopped ({last_line(self.log.read(), code)})" if code else reason
+            self.log.close()
+        if reason and not quiet:
+            raise OSError(f"cannot write {self.named}: {reason}")
 
     @property
     def named(self):
@@ -102,7 +107,7 @@ class StreamWriter:
     def _start(self):
         piped = isinstance(self.path, int)
         if self.raw:
-            self.out = open(self.file, "wb", closefd=not piped)
+            self.pictures = Pipe(open(self.file, "wb", buffering=0, closefd=not piped), self.waiting)
             return
         inputs = [*KNOWN, "-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps),
                   "-thread_queue_size", "64", "-i", "pipe:0"]
@@ -115,32 +120,38 @@ class StreamWriter:
         self.log = tempfile.TemporaryFile()
         target = "pipe:1" if piped else f"file:{self.file}"
         command = ffmpeg_command("-v", "error", "-y", *inputs, *codec, "-vf", TO_YUV, *QUALITY, *LIVE, *FRAGMENTS, target)
-        self.encoder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.path if piped else subprocess.DEVNULL, stderr=self.log,
+        self.encoder = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=self.path if piped else subprocess.DEVNULL, stderr=self.log,
                                         pass_fds=passed, start_new_session=True)                     # Ctrl-C is ours to handle
-        self.out = self.encoder.stdin
+        self.pictures = Pipe(self.encoder.stdin, self.waiting)
         if self.rate:
             os.close(reader)
-            self.sound = queue.Queue()                               # a thread, as ffmpeg reads picture and sound when it likes
-            threading.Thread(target=feed, args=(self.sound, writer), daemon=True).start()
-
-    def _failed(self):
-        try:
-            self.close()
-        except OSError as error:
-            raise error from None
-        raise OSError(f"cannot write {self.named}: the reader has gone")
+            self.sound = Pipe(open(writer, "wb", buffering=0))
 
 
-def feed(parts, fd):
-    """Write bytes from a queue to a pipe until None comes or the reader has gone."""
-    with open(fd, "wb", buffering=0) as pipe:
-        try:
-            while (part := parts.get()) is not None:
-                view = memoryview(part)
-                while view:
-                    view = view[pipe.write(view):]
-        except OSError:
-            pass                                                     # whoever writes the frames says so
+class Pipe:
+    """Bytes on their way into an unbuffered file, in a thread: who writes waits only if `most` parts wait already. Once the reader has gone, .gone is
+    true and parts are dropped."""
+
+    def __init__(self, file, most=0):
+        self.parts, self.gone = queue.Queue(most), False
+        self.thread = threading.Thread(target=self.feed, args=(file,), daemon=True)
+        self.put = self.parts.put
+        self.thread.start()
+
+    def feed(self, file):
+        with file:
+            while (part := self.parts.get()) is not None:
+                try:
+                    while part and not self.gone:
+                        part = part[file.write(part):]
+                except OSError:
+                    self.gone = True
+
+    def close(self, seconds=None):
+        """Wait until all is written, or dropped.  seconds  that it may take: then it is left behind"""
+        with suppress(queue.Full):
+            self.parts.put(None, timeout=seconds)
+            self.thread.join(seconds)
 
 
 def pcm(file, samples):

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -344,7 +345,7 @@ def test_a_pipe_may_come_in_pieces():
 # ------------------------------------------------------------------------------------------------------------------------ video out
 
 def test_the_encoder_reads_nothing_ahead(monkeypatch):
-    """ffmpeg 7 wants megabytes of raw sound to find out what it is, and waits for them, as we for it: of no input may it read more than it is given."""
+    """ffmpeg 7 wants megabytes of raw sound to find out what it is, and waits for them, as we for it: of no input may it read more than is there."""
     def popen(command, **options):
         commands.append(command)
         return started(command, **options)
@@ -352,8 +353,52 @@ def test_the_encoder_reads_nothing_ahead(monkeypatch):
     monkeypatch.setattr(out.subprocess, "Popen", popen)
     with open(os.devnull, "wb") as file, out.StreamWriter(file.fileno(), (32, 48), 25, rate=16000) as writer:
         writer.write(torch.zeros(3, 12, 32, 48), np.zeros((7680, 1), np.float32))
-    inputs = " ".join(commands[0]).split(" -i ")[:-1]
+    inputs = " ".join(commands[-1]).split(" -i ")[:-1]
     assert len(inputs) == 2 and all("-probesize 32 -analyzeduration 0" in words for words in inputs)
+
+
+def rescued(seconds, work):
+    """A timer that has begun."""
+    timer = threading.Timer(seconds, work)
+    timer.start()
+    return timer
+
+
+def test_frames_wait_while_ffmpeg_takes_none(tmp_path):
+    """It takes none while their sound is 0.1 to 0.3 s behind: with 8 kHz sound, aac frames of 128 ms, ever so often. That sound comes with later frames:
+    whoever writes must not wait."""
+    with out.StreamWriter(str(tmp_path / "a.mp4"), (320, 320), 25, rate=8000) as writer:
+        writer.write(torch.zeros(3, 1, 320, 320), np.zeros((320, 1), np.float32))
+        os.kill(writer.encoder.pid, signal.SIGSTOP)
+        rescue, start = rescued(10, lambda: os.kill(writer.encoder.pid, signal.SIGCONT)), time.monotonic()
+        for _ in range(2):
+            writer.write(torch.zeros(3, 12, 320, 320), np.zeros((3840, 1), np.float32))
+        taken = time.monotonic() - start
+        os.kill(writer.encoder.pid, signal.SIGCONT)
+        rescue.cancel()
+    assert taken < 5 and probe(str(tmp_path / "a.mp4")).frames == 25
+
+
+def test_sound_may_come_after_its_frames(tmp_path):
+    """With --av-offset -30 the sound of a live frame is that of 30 frames later."""
+    with out.StreamWriter(str(tmp_path / "a.mp4"), (160, 160), 25, rate=8000, waiting=out.WAITING + 30) as writer:
+        rescue = rescued(20, lambda: writer.encoder.kill())
+        for block in range(6):
+            writer.write(torch.zeros(3, 12, 160, 160), np.zeros((3840 if block >= 3 else 0, 1), np.float32))
+            time.sleep(0.1)                                          # the encoder is done with all that it takes
+    rescue.cancel()
+    assert probe(str(tmp_path / "a.mp4")).frames == 72
+
+
+def test_a_reader_that_stalls_is_not_waited_for_after_an_error(monkeypatch):
+    monkeypatch.setattr(out, "PATIENCE", 0.1)
+    reader, writer = os.pipe()
+    for raw in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            with out.StreamWriter(writer, (256, 256), 25, raw=raw) as stream:
+                stream.write(torch.rand(3, 20, 256, 256))
+                raise KeyboardInterrupt
+    os.close(reader), os.close(writer)
 
 
 def test_a_player_can_open_it_meanwhile(tmp_path):
