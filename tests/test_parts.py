@@ -415,6 +415,7 @@ try:
         print("finished", flush=True)
 except stop.Stopped:
     os._exit(0)
+os._exit(7)                                                          # the signal is forgotten
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, timeout=30)
     assert done.returncode == status and (done.stdout == "finished\n") == (status == 0) and "Traceback" not in done.stderr, done
