@@ -17,6 +17,7 @@ GRACE = 8.0          # seconds from the first signal to the end, whatever is run
 number = 0           # of the first signal; 0: none came
 working = False      # between `begin` and `end`: before it nothing is there to be kept
 finishing = False    # inside finish_first
+kept = "what was finished before the running step is kept, the same command goes on"           # said by a program that is ended where it stands
 
 
 class Stopped(KeyboardInterrupt):
@@ -65,18 +66,13 @@ def handle(which, frame):
 
 def look_on(pipe):
     global number
-    number = number or os.read(pipe, 1)[0]
+    came, words = os.read(pipe, 1)[0], "stopped\n"                   # before `handle` is called, maybe, whose number must be the first
     if working:
         select.select([pipe], [], [], GRACE)                         # until the second one comes, or time is up
-        leave(b"\nstopped at once: what was finished before the running step is kept, the same command goes on\n")
-    leave(b"stopped\n")
-
-
-def leave(words):
-    try:
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, words)
-    except OSError:                                                  # the terminal is gone
-        pass
+        words = f"\nstopped at once: {kept}\n"
+    number = number or came
+    with suppress(OSError):                                          # the terminal is gone
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, words.encode())
     os._exit(status())
 
 
