@@ -228,9 +228,8 @@ def main(args):
     if args.batch is not None:
         from jobs.batch import run_batch                             # here, as below: importing `sample` does not need it
         return run_batch(args, sys.modules[__name__])
-    if args.lora and not args.live:
-        raise ValueError("--lora goes with --live; for other videos merge it: python convert_weights.py SRC DST --lora FILE")
-    if args.live:
+    from jobs.live_plan import check_stream
+    if check_stream(args):
         from jobs.live import run_live
         return run_live(args, sys.modules[__name__])
     from media.video import check_output

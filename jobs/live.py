@@ -16,11 +16,12 @@ from fast.probe import pick_device
 from fast.listening import AHEAD, Listening
 from fast.relay import Relay
 from fast.stills import still
+from jobs import stop
 from jobs.live_plan import FRAMES, expected, make_plan, own_experts, ring_class
 from media.given import default_float32
 from media.pictures import fit_picture, load_image
 from media.sound import RATE
-from media.stream import WAITING, StreamWriter, pcm
+from media.stream import WAITING, StreamWriter, named_format, pcm
 from text import Tokenizer, encode_prompt
 
 LONG = 1000      # frames: streams as long as that have CUDA graphs on a GPU, which take 3 s to make and help most where the host is busy
@@ -83,6 +84,9 @@ def from_pipe(file, checkpoint, config, fps, frames, heard):
     while first < frames + live.WARM_UP:
         while not done and (missing := listening.wanted(first + FRAMES) - listening.heard) > 0:
             samples = pcm(file, missing)
+            if not listening.heard and (name := named_format(samples)):
+                raise ValueError(f"wanted 16-bit 16 kHz mono samples on standard input, got a {name} file: pipe it through "
+                                 "`ffmpeg -i pipe:0 -f s16le -ar 16000 -ac 1 -`")
             done = len(samples) < missing
             listening.hear(samples, done)
             heard(samples)
@@ -160,11 +164,13 @@ def run_live(args, sample):
     if args.out == "-":                                              # what is printed must not come between the bytes
         pipe = os.dup(1)
         os.dup2(2, 1)
-    elif not args.raw:
-        from media.video import check_output, is_folder
-        check_output(args.out)
-        if is_folder(args.out):
-            raise ValueError(f"--live writes a file or, with --out -, a pipe, got the folder {args.out}: name a file in it")
+    else:
+        from media.video import SUFFIXES, check_output, is_folder
+        if (os.path.splitext(args.out)[1].lower() in SUFFIXES) == args.raw or is_folder(args.out):
+            ends = f"a name that {'does not end' if args.raw else 'ends'} in {' or '.join(SUFFIXES)}"
+            raise ValueError(f"--live {'--raw ' * args.raw}wants {ends} for --out, or - for a pipe, got {args.out}")
+        if not args.raw:
+            check_output(args.out)
     if args.fp8 is None and pick_device(args.device).type == "cpu":
         args.fp8 = False                                             # a CPU would multiply float8 weights out anew in every forward
     pipeline = sample.open_pipeline(args)
@@ -205,7 +211,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, alone)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw,
                           WAITING + max(0, -args.av_offset))        # the sound of a later frame may not have been heard
-    if writer.file != writer.path:
+    stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
+    if writer.file != writer.path and not args.raw:
         print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
     try:
         with writer, clock:
@@ -215,7 +222,7 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                     writer.write(frames, under.below(frames.shape[1]))
                 clock.wrote(frames.shape[1])
     except (KeyboardInterrupt, Exception):
-        if writer.frames and pipe is None:
+        if writer.frames and pipe is None and os.path.exists(writer.file):
             print(f"the {writer.frames} frames so far are kept as {writer.file}", file=sys.stderr)
         raise
     print(f"speed    {clock}")

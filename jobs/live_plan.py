@@ -17,13 +17,16 @@ from model import PATCH, expert_index
 
 FRAMES = 4 * live.BLOCK      # pixel frames of a block
 LORAS = {"": "live.safetensors", "high=": "live.high.safetensors", "low=": "live.low.safetensors"}
-UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed")
+UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed", "keep_parts",
+          "save_every", "attention8")
+STREAM = ("lora", "rings8", "fps", "window", "replace_ref", "raw")                        # what goes with --live alone
 
 
 def options(parser):
     """The command line's part about streams."""
-    g = parser.add_argument_group("live", "blocks of 12 frames that are written while they are made; --audio - takes 16-bit 16 kHz mono from "
-                                          "standard input, --out - writes to standard output; see docs/live.md")
+    g = parser.add_argument_group("live", "with --live: blocks of 12 frames that are written while they are made, 4 steps, shift 3, no guidance; "
+                                          "--audio - takes 16-bit 16 kHz mono from standard input, --out is a .mp4 or .mov file or, as -, "
+                                          "standard output; see docs/live.md")
     g.add_argument("--live", action="store_true", help="make a stream (S2V, with the LoRA of Live Avatar); under torchrun several GPUs "
                    "share its steps")
     g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
@@ -31,12 +34,25 @@ def options(parser):
                    "same name and -live, if there is one)")
     g.add_argument("--rings8", action="store_true", help="remember keys and values in 8 bits: half the memory, 11%% faster, off by 3.9%% of each "
                    "attention output on random inputs (GPUs with 8-bit tensor cores; default: off)")
-    g.add_argument("--fps", type=float, default=live.FPS, help=f"of a stream: {live.FPS}, as the LoRA was trained, or 16 (default: {live.FPS})")
-    g.add_argument("--window", type=int, default=live.WINDOW, help="latent frames that a block sees, itself included: a multiple of 3 (default: "
+    g.add_argument("--fps", type=float, help=f"of a stream, 1 to 60: the LoRA was trained for {live.FPS} (default: {live.FPS})")
+    g.add_argument("--window", type=int, help="latent frames that a block sees, itself included: a multiple of 3 (default: "
                    f"{live.WINDOW})")
     g.add_argument("--replace-ref", action="store_true", help="the first latent made takes the picture's place as reference after "
                    f"{live.WINDOW} latent frames, as the original does on several GPUs (default: off, as on one)")
     g.add_argument("--raw", action="store_true", help="write rgb24 frames without sound in place of an mp4 (default: off)")
+
+
+def check_stream(args):
+    """-> is it one?  raises ValueError for its options without --live"""
+    if args.live:
+        return True
+    given = [f"--{name.replace('_', '-')}" for name in STREAM if getattr(args, name) not in (None, False, [])]
+    given += [f"--{name} -" for name in ("audio", "out") if getattr(args, name) == "-"]
+    if "--lora" in given:
+        raise ValueError("--lora goes with --live; for other videos merge it: python convert_weights.py SRC DST --lora FILE")
+    if given:
+        raise ValueError(f"{given[0]} goes with --live: add that, or leave it out")
+    return False
 
 
 def with_loras(checkpoint, given):
@@ -99,7 +115,10 @@ class LivePlan:
 
 def make_plan(pipeline, args):
     """-> LivePlan, and a Speech or None.  raises ValueError for what a stream cannot use, and where it cannot fit"""
-    checkpoint, fps = pipeline.checkpoint, args.fps
+    def chosen(given, default):
+        return default if given is None else given
+    checkpoint, fps, window = pipeline.checkpoint, chosen(args.fps, live.FPS), chosen(args.window, live.WINDOW)
+    steps, shift = chosen(args.steps, live.STEPS), chosen(args.shift, live.SHIFT)
     if given := [name for name in UNUSED if getattr(args, name)]:
         raise ValueError(f"--live has no --{given[0].replace('_', '-')}: leave it out")
     if not checkpoint.configs["denoiser"].audio_dim:
@@ -109,14 +128,15 @@ def make_plan(pipeline, args):
             raise ValueError(f"--live wants {name}: {'a sound file, or - for standard input' if name == '--audio' else 'a picture of who speaks'}")
     if not 1 <= fps <= 60:
         raise ValueError(f"--fps must be 1 to 60, got {fps:g}: {live.FPS} is what the LoRA was trained for, 16 what base S2V was")
-    live.check_window(args.window)
+    live.check_window(window)
+    live.schedule(steps, shift)                                      # a wrong number of steps is refused
     if args.rings8:
         from fast import attention8
         if pipeline.device.type == "cpu":
             raise ValueError("--rings8 wants a GPU with 8-bit tensor cores: leave it out on a CPU")
         attention8.check(pipeline.device)
     names = ("image", "prompt", "size", "enlarge", "seed", "frames", "start", "duration")
-    config = RunConfig(**pipeline.choices, audio=args.audio, steps=args.steps or live.STEPS, shift=args.shift or live.SHIFT,
+    config = RunConfig(**pipeline.choices, audio=args.audio, steps=steps, shift=shift,
                        **{name: getattr(args, name) for name in names}).resolve(checkpoint)
     line = Line(args.world.rank, args.world.size) if args.world else Line()
     line.steps(config.steps)                                         # more processes than steps are refused
@@ -131,8 +151,11 @@ def make_plan(pipeline, args):
         speech = open_speech(args.audio, args.start, args.duration)
         frames = math.ceil(len(speech) / RATE * fps - 1e-6)
     seconds = None if speech is None else len(speech) / RATE
+    if abs(args.av_offset) / fps >= (seconds or 60):
+        raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s, out of the picture: choose less than "
+                         f"{math.ceil((seconds or 60) * fps)} frames")
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
-    plan = LivePlan(config, height, width, fps, args.window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
+    plan = LivePlan(config, height, width, fps, window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
                     free_memory(pipeline.device, pipeline.vram), fp8,
                     0 if "picture_db" in checkpoint.sampling else live.WARM_UP, line)        # of drawn faces: trained to be on time
     plan = replace(plan, each=tuple(sum(memory_of(replace(plan, line=Line(rank, line.size)), checkpoint).values())

@@ -23,7 +23,8 @@ from media.video import MONO_STEREO, QUALITY, TO_YUV
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
 WAITING = 24                 # frames: ffmpeg takes none while its sound is 0.1 to 0.3 s behind them, and that comes with later frames
-PATIENCE = 5                 # seconds for those that wait, after an error
+BEGINS = dict(wav=b"RIFF", flac=b"fLaC", ogg=b"OggS", mp3=b"ID3", webm=b"\x1aE\xdf\xa3")
+PATIENCE = 2                 # seconds for those that wait, after an error, and for the encoder
 KNOWN = ["-probesize", "32", "-analyzeduration", "0"]                # of inputs: read nothing ahead to find out what is said already
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
 
@@ -59,7 +60,10 @@ class StreamWriter:
     def __exit__(self, kind, error, traceback):
         self.close(quiet=kind is not None)
         if kind is None and self.frames and self.file != self.path:
-            os.replace(self.file, self.path)
+            try:
+                os.replace(self.file, self.path)
+            except OSError as error:
+                raise OSError(f"cannot write {self.path}: {error.strerror}") from None
 
     def write(self, frames, samples=None):
         if tuple(frames.shape[2:]) != self.size:
@@ -74,7 +78,7 @@ class StreamWriter:
             self.sound.put(np.ascontiguousarray(samples, "<f4").tobytes())
         for frame in pixels:
             self.pictures.put(memoryview(frame).cast("B"))
-        if self.pictures.gone:
+        if self.pictures.error:
             self.close()
         self.frames += len(pixels)
 
@@ -87,7 +91,7 @@ class StreamWriter:
             self.sound.close(0)
         patience = PATIENCE if quiet else None
         pictures.close(patience)
-        reason = "the reader has gone" * pictures.gone
+        reason = "the reader has gone" if isinstance(pictures.error, BrokenPipeError) else pictures.error and pictures.error.strerror
         if self.encoder:
             try:
                 code = self.encoder.wait(patience)
@@ -106,6 +110,8 @@ class StreamWriter:
 
     def _start(self):
         piped = isinstance(self.path, int)
+        if not piped:
+            os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
         if self.raw:
             self.pictures = Pipe(open(self.file, "wb", buffering=0, closefd=not piped), self.waiting)
             return
@@ -129,11 +135,11 @@ class StreamWriter:
 
 
 class Pipe:
-    """Bytes on their way into an unbuffered file, in a thread: who writes waits only if `most` parts wait already. Once the reader has gone, .gone is
-    true and parts are dropped."""
+    """Bytes on their way into an unbuffered file, in a thread: who writes waits only if `most` parts wait already. Once that fails, with .error, parts are
+    dropped."""
 
     def __init__(self, file, most=0):
-        self.parts, self.gone = queue.Queue(most), False
+        self.parts, self.error = queue.Queue(most), None
         self.thread = threading.Thread(target=self.feed, args=(file,), daemon=True)
         self.put = self.parts.put
         self.thread.start()
@@ -142,10 +148,10 @@ class Pipe:
         with file:
             while (part := self.parts.get()) is not None:
                 try:
-                    while part and not self.gone:
+                    while part and not self.error:
                         part = part[file.write(part):]
-                except OSError:
-                    self.gone = True
+                except OSError as error:
+                    self.error = error
 
     def close(self, seconds=None):
         """Wait until all is written, or dropped.  seconds  that it may take: then it is left behind"""
@@ -160,3 +166,9 @@ def pcm(file, samples):
     while len(data) < 2 * samples and (piece := file.read(2 * samples - len(data))):
         data += piece
     return torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768)
+
+
+def named_format(samples):
+    """The name of the file format that what came from a pipe begins with, or None"""
+    head = (samples[:4] * 32768).to(torch.int16).numpy().tobytes()
+    return "m4a" if head[4:] == b"ftyp" else next((name for name, begins in BEGINS.items() if head.startswith(begins)), None)

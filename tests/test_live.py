@@ -429,6 +429,12 @@ def test_a_stream_that_ends_early_is_kept_and_takes_nothing(tmp_path):
             writer.write(torch.zeros(3, 12, 32, 48))
             raise KeyboardInterrupt
     assert path.read_text() == "made before" and probe(writer.file).frames == 12
+    later = tmp_path / "new" / "folder" / "a.mp4"                    # made when the first frame comes
+    with pytest.raises(OSError, match="cannot write .*: No such file"):
+        with out.StreamWriter(str(later), (32, 48), 25) as writer:
+            writer.write(torch.zeros(3, 12, 32, 48))
+            writer.close()
+            os.remove(writer.file)
 
 
 def test_a_reader_that_goes_is_named(tmp_path):
@@ -453,11 +459,26 @@ def test_frames_must_be_numbers(tmp_path):
     (["--audio", VOICE, "--image", FACE, "--guidance", "2"], "--live has no --guidance"),
     (["--audio", VOICE, "--image", FACE, "--window", "7"], "window must be a multiple of 3, got 7"),
     (["--audio", VOICE, "--image", FACE, "--fps", "0"], "--fps must be"),
+    (["--audio", VOICE, "--image", FACE, "--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
+    (["--audio", VOICE, "--image", FACE, "--av-offset", "-96"], "--av-offset -96 moves the sound by 3.8 s, out of the picture: choose less than 96 frames"),
+    (["--audio", VOICE, "--image", FACE, "--save-every", "3"], "--live has no --save-every"),
+    (["--out", "a.avi"], "--live wants a name that ends in .mp4 or .mov for --out, or - for a pipe, got a.avi"),
+    (["--out", "a.mp4", "--raw"], "--live --raw wants a name that does not end in .mp4 or .mov"),
     (["--audio", "-", "--image", FACE, "--start", "3"], "--start 3 goes with a sound file")])
 def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert sample.cli(["--live", "--size", "64x64", "--out", str(tmp_path / "a.mp4"), *given]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("given", [["--fps", "16"], ["--raw"], ["--rings8"], ["--lora", "a"], ["--audio", "-"], ["--out", "-"]])
+def test_what_goes_with_a_stream_alone(given, capsys):
+    assert sample.cli(["--image", FACE, *given]) == 2 and f"{given[0]}{' -' * (given[-1] == '-')} goes with --live" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("begins, name", [(b"RIFF$\0\0\0", "wav"), (b"fLaC\0\0\0\"", "flac"), (b"\0\0\0 ftyp", "m4a"), (b"ID3\4", "mp3"), (b"\1\2\3\4", None)])
+def test_a_file_in_place_of_samples(begins, name):
+    assert out.named_format(out.pcm(io.BytesIO(begins + bytes(40)), 20)) == name
 
 
 def test_what_cannot_fit_is_refused_with_what_helps():
