@@ -286,7 +286,7 @@ class Clock:
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
         ahead = self.frames / self.fps - (now - self.begin)
         away = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} real time"
-        said += f"{1000 * self.late[-1]:.0f} ms after it was heard" if self.waits else away
+        said += f"seen {self.waits + self.late[-1]:.2f} s after it was heard" if self.waits else away
         self.bar.set_postfix_str(said)
         self.bar.update(frames)
 
@@ -296,4 +296,4 @@ class Clock:
         rate = self.frames / max(self.seconds, 1e-9)
         said = f"{rate:.1f} frames/s while working, {rate / self.fps:.2f} times real time"
         return said if self.waits is None else \
-            f"{said}; a sound is seen at most {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after it was heard, in the median block"
+            f"{said}; half of the blocks were seen within {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after they were heard"
