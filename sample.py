@@ -225,13 +225,13 @@ def main(args):
     """-> exit status"""
     if args.parallel != "auto" and args.world is None:
         raise ValueError(f"--parallel {args.parallel} wants several processes: torchrun --nproc-per-node 4 sample.py ...")
-    if args.batch is not None:
-        from jobs.batch import run_batch                             # here, as below: importing `sample` does not need it
-        return run_batch(args, sys.modules[__name__])
-    from jobs.live_plan import check_stream
+    from jobs.live_plan import check_stream                          # here, as below: importing `sample` does not need it
     if check_stream(args):
         from jobs.live import run_live
         return run_live(args, sys.modules[__name__])
+    if args.batch is not None:
+        from jobs.batch import run_batch
+        return run_batch(args, sys.modules[__name__])
     from media.video import check_output
     check_output(args.out)
     make_video(open_pipeline(args), args)

@@ -30,6 +30,7 @@ from fast.plan import RunConfig
 from fast.probe import cap_memory
 from jobs import lock, stop
 from jobs.explain import explain
+from jobs.live_plan import check_stream
 from jobs.parts import difference, made_from, safely
 from media.video import check_output, is_folder
 
@@ -183,6 +184,8 @@ def parse(job, args, folder, parser, inputs):
     job.args = parser.parse_args(argv, argparse.Namespace(**vars(args)))
     for name in off:
         setattr(job.args, name, False)
+    if check_stream(job.args):
+        raise ValueError("\"live\" is no option of a job: a batch makes no streams")
     if "out" not in job.given:
         source = job.given.get("audio") or job.given.get("image") or job.args.audio or job.args.image or f"{job.number:03d}"
         job.args.out = os.path.join(folder if args.out == "out.mp4" else args.out, os.path.splitext(os.path.basename(source))[0] + ".mp4")

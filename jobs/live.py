@@ -24,6 +24,7 @@ from media.sound import RATE
 from media.stream import WAITING, StreamWriter, named_format, pcm
 from text import Tokenizer, encode_prompt
 
+SAMPLES, PIPED = "wanted 16-bit 16 kHz mono samples on standard input", "pipe them in, as `ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 - | ...`"
 LONG = 1000      # frames: streams as long as that have CUDA graphs on a GPU, which take 3 s to make and help most where the host is busy
 
 
@@ -78,24 +79,23 @@ def from_file(speech, checkpoint, config, fps, frames):
 
 
 def from_pipe(file, checkpoint, config, fps, frames, heard):
-    """The same of 16-bit samples from a pipe, each block as soon as it can be heard, and when that was.  heard  takes what was read, for the sound
-    under the picture"""
-    listening, first, done = Listening(checkpoint.load("audio", config.device, torch.float32), fps), 0, False
+    """The same of 16-bit samples from a pipe, each block as soon as it can be heard, and when that was: if samples waited, a block's time after the
+    block before, as if they came at the speed of speech.  heard  takes what was read, for the sound under the picture"""
+    listening, first, done, there = Listening(checkpoint.load("audio", config.device, torch.float32), fps), 0, False, math.inf
     while first < frames + live.WARM_UP:
+        there = min(time.perf_counter(), there + FRAMES / fps)
         while not done and (missing := listening.wanted(first + FRAMES) - listening.heard) > 0:
-            samples = pcm(file, missing)
+            asked, samples, now = time.perf_counter(), pcm(file, missing), time.perf_counter()
+            there = now if now - asked > 0.005 else there
             if not listening.heard and (name := named_format(samples)):
-                raise ValueError(f"wanted 16-bit 16 kHz mono samples on standard input, got a {name} file: pipe it through "
-                                 "`ffmpeg -i pipe:0 -f s16le -ar 16000 -ac 1 -`")
+                raise ValueError(f"{SAMPLES}, got a {name} file: {PIPED}")
             done = len(samples) < missing
             listening.hear(samples, done)
             heard(samples)
         if not listening.heard:
-            raise ValueError("wanted 16-bit 16 kHz mono samples on standard input, got none: pipe them in, as "
-                             "`ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 -`")
+            raise ValueError(f"{SAMPLES}, got none: {PIPED}")
         if done:                                                     # now it is known where the sound ends
             frames = min(frames, math.ceil(listening.heard / RATE * fps - 1e-6))
-        there = time.perf_counter()
         if first < frames + live.WARM_UP:
             yield listening(first, first + FRAMES), frames, there
         first += FRAMES
@@ -103,7 +103,7 @@ def from_pipe(file, checkpoint, config, fps, frames, heard):
 
 def ahead(blocks, device):
     """The same blocks, each made in a thread of its own on a stream of its own: a GPU encodes the sound of the next while this one is decoded."""
-    made = queue.Queue(1)
+    made, stop.abrupt = queue.Queue(1), True
 
     def work():
         try:
@@ -160,7 +160,7 @@ class Under:
 
 def run_live(args, sample):
     """-> exit status"""
-    pipe = None
+    pipe, stop.kept = None, "nothing was written"
     if args.out == "-":                                              # what is printed must not come between the bytes
         pipe = os.dup(1)
         os.dup2(2, 1)
@@ -191,6 +191,7 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     video, alone = open_live(checkpoint, plan, args.replace_ref), plan.line.size == 1
     if speech is None:
         under = Under(RATE, 1, fps, shift)
+        os.set_blocking(0, True)
         microphone = open(0, "rb", buffering=0, closefd=False)       # a thread that still reads a buffered one cannot be left behind
         sound = from_pipe(microphone, checkpoint, o, fps, plan.frames, under.hear if alone else video.samples.append)
     else:
@@ -211,7 +212,6 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, alone)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw,
                           WAITING + max(0, -args.av_offset))        # the sound of a later frame may not have been heard
-    stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
     if writer.file != writer.path and not args.raw:
         print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
     try:
@@ -220,6 +220,7 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                 frames = frames[:, :int(min(total - writer.frames, frames.shape[1]))]
                 if frames.shape[1]:
                     writer.write(frames, under.below(frames.shape[1]))
+                    stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
                 clock.wrote(frames.shape[1])
     except (KeyboardInterrupt, Exception):
         if writer.frames and pipe is None and os.path.exists(writer.file):
@@ -296,4 +297,5 @@ class Clock:
         rate = self.frames / max(self.seconds, 1e-9)
         said = f"{rate:.1f} frames/s while working, {rate / self.fps:.2f} times real time"
         return said if self.waits is None else \
-            f"{said}; half of the blocks were seen within {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after they were heard"
+            f"{said}; half of the last {len(self.late)} blocks were seen within {self.waits + sorted(self.late)[len(self.late) // 2]:.2f} s after " \
+            "they were heard"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 
 import live
+from fast.hearing import hearing_bytes
 from fast.plan import MemoryPlan, RunConfig, activation_bytes, frame_size, weigh
 from fast.plan_text import size_table
 from fast.probe import GIB, free_memory
@@ -17,8 +18,8 @@ from model import PATCH, expert_index
 
 FRAMES = 4 * live.BLOCK      # pixel frames of a block
 LORAS = {"": "live.safetensors", "high=": "live.high.safetensors", "low=": "live.low.safetensors"}
-UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed", "keep_parts",
-          "save_every", "attention8")
+UNUSED = ("negative_prompt", "pose_video", "guidance", "solver", "clips", "clip_frames", "start_from_ref", "official", "batch", "restart", "speed",
+          "keep_parts", "save_every", "attention8")
 STREAM = ("lora", "rings8", "fps", "window", "replace_ref", "raw")                        # what goes with --live alone
 
 
@@ -129,7 +130,7 @@ def make_plan(pipeline, args):
     if not 1 <= fps <= 60:
         raise ValueError(f"--fps must be 1 to 60, got {fps:g}: {live.FPS} is what the LoRA was trained for, 16 what base S2V was")
     live.check_window(window)
-    live.schedule(steps, shift)                                      # a wrong number of steps is refused
+    live.schedule(steps)                                             # a wrong number of steps is refused
     if args.rings8:
         from fast import attention8
         if pipeline.device.type == "cpu":
@@ -151,9 +152,8 @@ def make_plan(pipeline, args):
         speech = open_speech(args.audio, args.start, args.duration)
         frames = math.ceil(len(speech) / RATE * fps - 1e-6)
     seconds = None if speech is None else len(speech) / RATE
-    if abs(args.av_offset) / fps >= (seconds or 60):
-        raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s, out of the picture: choose less than "
-                         f"{math.ceil((seconds or 60) * fps)} frames")
+    if abs(args.av_offset) / fps >= (most := seconds or 3600):
+        raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s: choose less than {math.ceil(most * fps)} frames")
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
     plan = LivePlan(config, height, width, fps, window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
                     free_memory(pipeline.device, pipeline.vram), fp8,
@@ -174,7 +174,8 @@ def memory_of(plan, checkpoint):
     n, experts, count, size = H * W // math.prod(PATCH), sorted(set(steps)), len(steps), config.dtype.itemsize
     dtype, parts = config.vae_dtype or torch.float32, checkpoint.parts
     coder = plan.line.last * (parts["vae"].parameters * dtype.itemsize + vae_cuts(vae, H, W, dtype)[0][1])
-    encoder = plan.line.first * (plan.seconds is None) * 4 * parts["audio"].parameters
+    encoder = plan.line.first * 4 * parts["audio"].parameters if plan.seconds is None else \
+        (config.device.type == "cuda") * hearing_bytes(checkpoint, plan.fps, int(plan.seconds * RATE))[0]        # beside a block, see live.ahead
     return {"denoiser": sum(weigh(parts[name], config)(None)[0] for name in experts),
             "rings": ring8_bytes(cfg, n, count, window) if plan.rings8 else live.ring_bytes(cfg, n, count, window, size),
             "picture": len(experts) * cfg.n_layer * 6 * n * cfg.dim * size,

@@ -17,6 +17,7 @@ GRACE = 8.0          # seconds from the first signal to the end, whatever is run
 number = 0           # of the first signal; 0: none came
 working = False      # between `begin` and `end`: before it nothing is there to be kept
 finishing = False    # inside finish_first
+abrupt = False       # a thread may be in a call into PyTorch: taken down with Python's end it would abort the process
 kept = "what was finished before the running step is kept, the same command goes on"           # said by a program that is ended where it stands
 
 
@@ -31,6 +32,9 @@ def status():
 
 def watch():
     """For the first lines of a program: from here on a signal ends it without a traceback, and after `begin` as described above."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:             # a stream that was closed leads nowhere, not into this pipe
+        pass
+    os.close(spare)
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)           # written to at once, even while the main thread is in a long call
@@ -50,7 +54,7 @@ def end(code):
     for which in SIGNALS:
         if signal.getsignal(which) is handle:
             signal.signal(which, signal.SIG_IGN)
-    if number:
+    if number or abrupt:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -113,7 +112,8 @@ class StreamWriter:
         if not piped:
             os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
         if self.raw:
-            self.pictures = Pipe(open(self.file, "wb", buffering=0, closefd=not piped), self.waiting)
+            file = os.dup(self.file) if piped else self.file         # a thread may outlive the caller's
+            self.pictures = Pipe(open(file, "wb", buffering=0), self.waiting)
             return
         inputs = [*KNOWN, "-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{self.size[1]}x{self.size[0]}", "-framerate", str(self.fps),
                   "-thread_queue_size", "64", "-i", "pipe:0"]
@@ -154,10 +154,14 @@ class Pipe:
                     self.error = error
 
     def close(self, seconds=None):
-        """Wait until all is written, or dropped.  seconds  that it may take: then it is left behind"""
-        with suppress(queue.Full):
+        """Wait until all is written, or dropped.  seconds  that it may take: what waits then is dropped, and the thread ends with the reader"""
+        try:
             self.parts.put(None, timeout=seconds)
-            self.thread.join(seconds)
+        except queue.Full:
+            with self.parts.mutex:
+                self.parts.queue.clear()
+            self.parts.put(None)
+        self.thread.join(seconds)
 
 
 def pcm(file, samples):

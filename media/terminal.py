@@ -52,11 +52,10 @@ def any_letters():
 
 def take_over():
     """Print through Printed. A stream that was closed (`2>&-`) leads nowhere."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:             # else the next file opened got its number, and all that ffmpeg says
+        pass
+    os.close(spare)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:                                              # else the next file opened got its number, and all that ffmpeg says
-            os.open(os.devnull, os.O_RDWR)
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if number == 0 else "w"))
     any_letters()
     for name in ("stdout", "stderr"):

@@ -165,6 +165,7 @@ BAD = [
     ("{", "no JSON"), ("[3]", "no object in braces"), ("[" * 9999, "no JSON"), ({"audio": "a.wav", "sede": 3}, 'did you mean "seed"?'),
     ({"audio": "a.wav", "seed": True}, '"seed" wants a number or a text'), ({"audio": "a.wav", "seed": "x"}, "argument --seed: invalid int value"),
     ({"audio": "a.wav", "official": 1}, '"official" wants true or false, got 1'), ({"audio": "a.wav", "batch": "x"}, "is no option of a job"),
+    ({"audio": "a.wav", "live": True}, '"live" is no option of a job: a batch makes no streams'), ({"audio": "a.wav", "fps": 20}, "--fps goes with --live"),
     ({"audio": ["a.wav"]}, "a number or a text"), ({"audio": "a.wav", "size": [64, 64]}, '"size" wants a number or a text'),
     ({"audio": "b.wav", "ckpt": "nowhere"}, "no checkpoint folder nowhere"), ({"audio": "b.wav", "out": "b.gif"}, "wanted a name that ends in"),
     ({"audio": "b.wav", "out": "./a.mp4"}, "is written by job 1 already"), ({"audio": "b.wav", "out": "b.wav"}, "is read by job "),
