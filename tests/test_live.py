@@ -504,6 +504,17 @@ def test_what_cannot_fit_is_refused_with_what_helps():
             fits(gib, **changes)
 
 
+def test_the_rate_is_that_of_the_rings_attention(monkeypatch):
+    """Four steps of a layer's second each, and nothing else to speak of; and on this machine a rate that is one."""
+    args = sample.parser().parse_args(["--live", "--image", FACE, "--audio", VOICE, "--device", "cpu", "--no-fp8"])
+    pipeline = sample.open_pipeline(args)
+    plan, _ = live_plan.make_plan(pipeline, args)
+    assert 1 < live_plan.expected(plan, pipeline.checkpoint) < 1000
+    monkeypatch.setattr(live_plan, "ring_seconds", lambda *_: 1.0)
+    layers = pipeline.checkpoint.configs["denoiser"].n_layer
+    assert live_plan.expected(plan, pipeline.checkpoint) == pytest.approx(12 / (4 * layers), rel=0.2)
+
+
 def test_a_face_that_talks(tmp_path, capsys, monkeypatch):
     """The tiny checkpoint with its own LoRAs: an mp4 whose mouth follows its sound, of the right person."""
     path, folder = tmp_path / "a.mp4", HERE / "weights" / "tiny-live"
