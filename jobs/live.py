@@ -103,7 +103,8 @@ def from_pipe(file, checkpoint, config, fps, frames, heard):
 
 def ahead(blocks, device):
     """The same blocks, each made in a thread of its own on a stream of its own: a GPU encodes the sound of the next while this one is decoded."""
-    made, stop.abrupt = queue.Queue(1), True
+    made = queue.Queue(1)
+    stop.abrupt = True
 
     def work():
         try:

@@ -47,7 +47,7 @@ def check_stream(args):
     """-> is it one?  raises ValueError for its options without --live"""
     if args.live:
         return True
-    given = [f"--{name.replace('_', '-')}" for name in STREAM if getattr(args, name) not in (None, False, [])]
+    given = [f"--{name.replace('_', '-')}" for name in STREAM if str(getattr(args, name)) not in ("None", "False", "[]")]
     given += [f"--{name} -" for name in ("audio", "out") if getattr(args, name) == "-"]
     if "--lora" in given:
         raise ValueError("--lora goes with --live; for other videos merge it: python convert_weights.py SRC DST --lora FILE")
@@ -153,7 +153,8 @@ def make_plan(pipeline, args):
         frames = math.ceil(len(speech) / RATE * fps - 1e-6)
     seconds = None if speech is None else len(speech) / RATE
     if abs(args.av_offset) / fps >= (most := seconds or 3600):
-        raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s: choose less than {math.ceil(most * fps)} frames")
+        raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s: choose less than "
+                         f"{math.ceil(most * fps)} frames")
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
     plan = LivePlan(config, height, width, fps, window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
                     free_memory(pipeline.device, pipeline.vram), fp8,
@@ -174,13 +175,14 @@ def memory_of(plan, checkpoint):
     n, experts, count, size = H * W // math.prod(PATCH), sorted(set(steps)), len(steps), config.dtype.itemsize
     dtype, parts = config.vae_dtype or torch.float32, checkpoint.parts
     coder = plan.line.last * (parts["vae"].parameters * dtype.itemsize + vae_cuts(vae, H, W, dtype)[0][1])
-    encoder = plan.line.first * 4 * parts["audio"].parameters if plan.seconds is None else \
-        (config.device.type == "cuda") * hearing_bytes(checkpoint, plan.fps, int(plan.seconds * RATE))[0]        # beside a block, see live.ahead
+    encoder = 4 * parts["audio"].parameters
+    if plan.seconds is not None:                                     # of a file: beside a block, see live.ahead, or between blocks
+        encoder = (config.device.type == "cuda") * hearing_bytes(checkpoint, plan.fps, int(plan.seconds * RATE))[0]
     return {"denoiser": sum(weigh(parts[name], config)(None)[0] for name in experts),
             "rings": ring8_bytes(cfg, n, count, window) if plan.rings8 else live.ring_bytes(cfg, n, count, window, size),
             "picture": len(experts) * cfg.n_layer * 6 * n * cfg.dim * size,
             "activations": int(activation_bytes(replace(config, guidance=(1.0,)), cfg, live.BLOCK * n, MemoryPlan(fp8=plan.fp8))),
-            "VAE": int(coder + encoder)}
+            "VAE": int(coder + plan.line.first * encoder)}
 
 
 def fitting(plan, checkpoint):

@@ -2,7 +2,7 @@
 
 The first signal raises Stopped in the main thread, at once or at the end of a block that is worth finishing (`finish_first`). A second one
 ends the process where it stands, and so do GRACE seconds: a call into a GPU cannot be interrupted, so a thread of its own looks on.
-A program that imports this and calls nothing keeps Python's own handling. Only the standard library is imported: this comes before torch.
+A program that imports this and calls nothing keeps Python's own handling. Only what needs the standard library alone is imported: this comes before torch.
 """
 import os
 import select
@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
+
+from media.terminal import fill_closed
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 8.0          # seconds from the first signal to the end, whatever is running
@@ -32,9 +34,7 @@ def status():
 
 def watch():
     """For the first lines of a program: from here on a signal ends it without a traceback, and after `begin` as described above."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:             # a stream that was closed leads nowhere, not into this pipe
-        pass
-    os.close(spare)
+    fill_closed()                                                    # or the pipe below would be what is read as standard input
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)           # written to at once, even while the main thread is in a long call

@@ -22,7 +22,6 @@ from media.video import MONO_STEREO, QUALITY, TO_YUV
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
 WAITING = 24                 # frames: ffmpeg takes none while its sound is 0.1 to 0.3 s behind them, and that comes with later frames
-BEGINS = dict(wav=b"RIFF", flac=b"fLaC", ogg=b"OggS", mp3=b"ID3", webm=b"\x1aE\xdf\xa3")
 PATIENCE = 2                 # seconds for those that wait, after an error, and for the encoder
 KNOWN = ["-probesize", "32", "-analyzeduration", "0"]                # of inputs: read nothing ahead to find out what is said already
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
@@ -50,7 +49,8 @@ class StreamWriter:
     """
 
     def __init__(self, path, size, fps, rate=0, channels=1, raw=False, waiting=WAITING):
-        self.path, self.size, self.fps, self.rate, self.channels, self.raw, self.waiting = path, tuple(size), fps, rate * (not raw), channels, raw, waiting
+        self.path, self.size, self.fps, self.rate, self.channels = path, tuple(size), fps, 0 if raw else rate, channels
+        self.raw, self.waiting = raw, waiting
         self.frames, self.pictures, self.sound, self.encoder, self.file = 0, None, None, None, meanwhile(path)
 
     def __enter__(self):
@@ -70,7 +70,8 @@ class StreamWriter:
         if not torch.isfinite(frames.sum(dtype=torch.float32)):      # a fifth of the time of a look at each
             raise ValueError(f"frames {self.frames} to {self.frames + frames.shape[1] - 1} hold NaN or infinite values: "
                              "nothing sensible can be written")
-        pixels = frames.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()    # (P, H, W, 3)
+        pixels = frames.float().clamp(-1, 1).add_(1).div_(2).mul_(255).to(torch.uint8)
+        pixels = pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()                       # (P, H, W, 3)
         if self.pictures is None:
             self._start()
         if self.sound and samples is not None and len(samples):
@@ -135,8 +136,8 @@ class StreamWriter:
 
 
 class Pipe:
-    """Bytes on their way into an unbuffered file, in a thread: who writes waits only if `most` parts wait already. Once that fails, with .error, parts are
-    dropped."""
+    """Bytes on their way into an unbuffered file, in a thread: who writes waits only if `most` parts wait already. Once writing fails, with .error,
+    parts are dropped."""
 
     def __init__(self, file, most=0):
         self.parts, self.error = queue.Queue(most), None
@@ -170,6 +171,9 @@ def pcm(file, samples):
     while len(data) < 2 * samples and (piece := file.read(2 * samples - len(data))):
         data += piece
     return torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768)
+
+
+BEGINS = dict(wav=b"RIFF", flac=b"fLaC", ogg=b"OggS", mp3=b"ID3", webm=b"\x1aE\xdf\xa3")
 
 
 def named_format(samples):

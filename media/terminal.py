@@ -50,11 +50,16 @@ def any_letters():
             stream.reconfigure(errors="backslashreplace")
 
 
-def take_over():
-    """Print through Printed. A stream that was closed (`2>&-`) leads nowhere."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:             # else the next file opened got its number, and all that ffmpeg says
+def fill_closed():
+    """A standard stream that was closed leads nowhere: else the next file opened got its number, and all that ffmpeg says."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(spare)
+
+
+def take_over():
+    """Print through Printed. A stream that was closed (`2>&-`) leads nowhere."""
+    fill_closed()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r" if number == 0 else "w"))
     any_letters()

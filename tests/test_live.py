@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -334,6 +335,25 @@ def test_sound_is_encoded_while_a_block_is_made(monkeypatch):
     assert [*program.ahead(iter(range(5)), torch.device("cpu"))] == [*range(5)]
 
 
+def test_a_thread_that_computes_does_not_abort_the_end():
+    """Python's end takes a thread down inside of PyTorch: std::terminate, status 134."""
+    text = """
+import torch
+from jobs import live, stop
+torch.cuda.Stream = lambda device: None
+def blocks():
+    net, x = torch.nn.Conv1d(64, 64, 9), torch.randn(1, 64, 16000)
+    yield 0
+    while True:
+        net(x)
+assert next(live.ahead(blocks(), None)) == 0
+stop.end(2)
+raise SystemExit(2)
+"""
+    done = subprocess.run([sys.executable, "-c", text], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, ""), done
+
+
 def test_a_pipe_may_come_in_pieces():
     class Pieces(io.BytesIO):
         def read(self, n):
@@ -497,7 +517,9 @@ def test_what_cannot_fit_is_refused_with_what_helps():
     print(memory, sum(memory.values()))
     assert "leads the sound by 3 frames, 120 ms (--av-offset -3 undoes it)" in str(fits(140)) and "leads" not in str(fits(140, early=0))
     assert memory["rings"] == pytest.approx(46.7, abs=0.1) and memory["denoiser"] == pytest.approx(15.8, abs=1) and 60 < sum(memory.values()) < 75
-    assert sum(fits(140, rings8=True).memory.values()) < 60e9
+    assert sum(fits(140, rings8=True).memory.values()) < 60e9 and sum(fits(140, rings8=True, seconds=600.0).memory.values()) < 60e9
+    encoders = [fits(140, seconds=seconds).memory["VAE"] / 2 ** 30 - memory["VAE"] for seconds in (None, 600.0)]         # of a file beside a block
+    assert encoders[0] == 0 and 1 < encoders[1] < 2
     for gib, changes, helps in ((60, {}, "add --rings8"), (60, dict(config=replace(config, fp8=False), fp8=False, rings8=True), "add --fp8"),
                                 (45, dict(rings8=True), "add --window 9"), (20, {}, "choose a smaller --size")):
         with pytest.raises(ValueError, match=helps):
