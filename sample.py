@@ -250,7 +250,7 @@ def cli(argv=None):
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:          # torchrun
         from jobs.ranks import run_rank
         return run_rank(argv, sys.modules[__name__])
-    stop.begin()
+    stop.working = True
     try:
         code = run(argv)
         if not (code and stop.number):                               # a signal may show itself as an error of what it has ended

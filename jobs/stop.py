@@ -2,7 +2,7 @@
 
 The first signal raises Stopped in the main thread, at once or at the end of a block that is worth finishing (`finish_first`). A second one
 ends the process where it stands, and so do GRACE seconds: a call into a GPU cannot be interrupted, so a thread of its own looks on.
-A program that imports this and calls nothing keeps Python's own handling. Only what needs the standard library alone is imported: this comes before torch.
+A program that imports this and calls nothing keeps Python's own handling. Only the standard library is imported: this comes before torch.
 """
 import os
 import select
@@ -11,13 +11,11 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
-from media.terminal import fill_closed
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 8.0          # seconds from the first signal to the end, whatever is running
 
 number = 0           # of the first signal; 0: none came
-working = False      # between `begin` and `end`: before it nothing is there to be kept
+working = False      # set by a program that has begun its work: before it nothing is there to be kept
 finishing = False    # inside finish_first
 abrupt = False       # a thread may be in a call into PyTorch: taken down with Python's end it would abort the process
 kept = "what was finished before the running step is kept, the same command goes on"           # said by a program that is ended where it stands
@@ -32,8 +30,15 @@ def status():
     return 128 + (number or signal.SIGINT)
 
 
+def fill_closed():
+    """A standard stream that was closed leads nowhere: else the next file opened got its number, and all that ffmpeg says."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(spare)
+
+
 def watch():
-    """For the first lines of a program: from here on a signal ends it without a traceback, and after `begin` as described above."""
+    """For the first lines of a program: from here on a signal ends it without a traceback, and once `working` as described above."""
     fill_closed()                                                    # or the pipe below would be what is read as standard input
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -42,11 +47,6 @@ def watch():
         if signal.getsignal(which) is not signal.SIG_IGN:            # as nohup and background jobs of a shell have it
             signal.signal(which, handle)
     threading.Thread(target=look_on, args=(read,), daemon=True).start()
-
-
-def begin():
-    global working
-    working = True
 
 
 def end(code):

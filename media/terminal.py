@@ -4,6 +4,8 @@ import re
 import sys
 from contextlib import suppress
 
+from jobs.stop import fill_closed
+
 # Control characters, and those that turn the direction of text. A bar returns to the start of its line; the others are shown as \x1b and the like.
 UNSAFE = re.compile("[\0-\b\v-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 LONGEST = 2000               # letters of an error or warning, which is one line: names inside of files have any length
@@ -48,13 +50,6 @@ def any_letters():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                           # not where something else stands in their place
             stream.reconfigure(errors="backslashreplace")
-
-
-def fill_closed():
-    """A standard stream that was closed leads nowhere: else the next file opened got its number, and all that ffmpeg says."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(spare)
 
 
 def take_over():

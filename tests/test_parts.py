@@ -403,7 +403,7 @@ import contextlib, hashlib, os, signal, sys, threading, time
 from jobs import stop
 stop.GRACE = {grace}
 stop.watch()
-stop.begin()
+stop.working = True
 def send():
     for _ in range({signals}):
         time.sleep(0.2)
