@@ -25,6 +25,7 @@ Source  Alibaba-Quark/LiveAvatar@9c2c38d liveavatar/models/wan/{causal_s2v_pipel
 """
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -154,11 +155,15 @@ class Ring:
         for memory, rows in zip(self.layers, expert.rows):
             memory[:, :, :self.S] = rows
 
-    def attend(self, q, k, v, layer, slot, seen, moved):
-        """The block's own keys and values are written first, in the place of the oldest: it sees all of itself. Order does not matter.
+    def at(self, slot, seen, moved):
+        """-> `attend` of one forward.
 
-        slot, seen  the frame at which it is written, how many it sees with itself        moved  the reference's table (2, n, 1, D/2)
+        slot, seen  the frame at which the block is written, how many it sees with itself        moved  the reference's table (2, n, 1, D/2)
         """
+        return partial(self.attend, slot=slot, seen=seen, moved=moved)
+
+    def attend(self, q, k, v, layer, slot, seen, moved):
+        """The block's own keys and values are written first, in the place of the oldest: it sees all of itself. Order does not matter."""
         memory, start = self.layers[layer], self.S + slot * self.n
         memory[0, :, :self.n] = rotate(self.ref_keys[layer], moved)
         memory[0, :, start:start + k.shape[1]], memory[1, :, start:start + k.shape[1]] = k, v
@@ -229,7 +234,7 @@ class Stream:
         """One forward of the block to come.  latents (1, z, 3, H, W), cond of `conditions`, table of `moved` -> (1, z, 3, H, W) float32"""
         ring, (slot, seen, _) = self.rings[step], self.place(0)
         t = torch.full((1,), self.timesteps[step].item(), device=latents.device)
-        return self.experts[step].net(latents, t, cond, lambda q, k, v, layer: ring.attend(q, k, v, layer, slot, seen, moved))
+        return self.experts[step].net(latents, t, cond, ring.at(slot, seen, moved))
 
     def steps(self, x, conds, moved):
         """All forwards of the block to come.  x (1, z, 3, H, W) noise; per step a Cond and a table of `moved` -> (1, z, 3, H, W)"""

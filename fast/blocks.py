@@ -7,6 +7,7 @@ token chunks   Everything but `attend` works token by token, so it runs on 8192 
 in place       A block's result takes the place of its input x, attention's result that of the queries: 1.5 and 0.8 GiB at 1280x704.
 compiled       Norm, modulation, RoPE, cast, gate and GELU fuse to one pass over memory each: a bf16 forward at 832x480 takes 3.16 s instead
                of 3.55 s, a float8 one 2.6 s (H200). RoPE and GELU are written in forms that the compiler turns into faster kernels.
+rows           In float8 on an NVIDIA GPU `project` and `finish` are those of rows.py in place of compiled ones, if they compute the same.
 attention      cuDNN's kernel is 1.6 times as fast as flash attention on Hopper; it works on 256 queries and KEYS keys at a time, and keys
                left over make it 8% slower, so they are attended to afterwards (kernels.py).
 
@@ -25,7 +26,7 @@ import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fast import kernels, offload
+from fast import kernels, offload, rows
 from model import Rotary, attention, unpatchify
 
 QUERIES = 66 * 256           # attended to at once: with 40 heads they fill the 132 processors of an H200 20 times, without a rest
@@ -162,8 +163,11 @@ class FastDenoiser:
         self.net, self.chunk, self.attend, self.host_layers = net, chunk, attend, host_layers
         run = compiled if compile else lambda function: function
         self.project, self.finish, self.audio_cross_attention = run(project_into), run(finish_in_place), run(audio_in_place)
+        self.serves = rows.serves if compile else lambda block, x: False
         for block in offload.all_blocks(net) if compile else ():
             use_forms_for_compiler(block)
+        if compile and isinstance(net.blocks, nn.ModuleList):
+            rows.arrange(net.blocks)
 
     @torch.no_grad()
     def prepare(self, **arguments):
@@ -202,10 +206,10 @@ class FastDenoiser:
 
     def block(self, block, x, mod, cond, layer, chunks, frames, attend):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
-        text, audio, adain = cond.layers[layer]
-        y = self.self_attention(block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
+        (text, audio, adain), parts = cond.layers[layer], rows if self.serves(block, x) else self
+        y = self.self_attention(parts.project, block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
         for a, b, r in chunks:
-            self.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
+            parts.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
         del y
         if block.inject is not None:
             self.audio_layer(block, x, audio, adain, frames)
@@ -215,11 +219,13 @@ class FastDenoiser:
         for a, b, first, end in frames:
             self.audio_cross_attention(block, x[:, a:b], audio[:, :, first:end], adain[:, :, first:end])
 
-    def self_attention(self, block, x, mod, rope, layer, chunks, dtype, attend):
-        """-> (B, N, C), in the place of the queries; keys and values are free again when it returns"""
-        q, k, v = (block.self_attn.split(torch.empty_like(x, dtype=dtype)) for _ in range(3))        # (B, N, K, D)
+    def self_attention(self, project, block, x, mod, rope, layer, chunks, dtype, attend):
+        """-> (B, N, C), in the place of the queries; keys and values are free again when it returns. An `attend` may have places for them."""
+        def empty():
+            return block.self_attn.split(torch.empty_like(x, dtype=dtype))
+        q, (k, v) = empty(), attend.places(layer) if hasattr(attend, "places") else (empty(), empty())         # (B, N, K, D)
         for a, b, r in chunks:
-            self.project(block, x[:, a:b], mod[:, :, r:r + 1], rope[:, a:b], q[:, a:b], k[:, a:b], v[:, a:b])
+            project(block, x[:, a:b], mod[:, :, r:r + 1], rope[:, a:b], q[:, a:b], k[:, a:b], v[:, a:b])
         return attend(q, k, v, layer)
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from fast import kernels, rows
 from fast.blocks import KEYS, LONG, FlipRotary, attend_rows, compiled, takes_last_keys_apart
 from live import AHEAD, BLOCK, Ring
 
@@ -24,14 +25,28 @@ def turn_into(x, rope, out):
     out.copy_(rotate(x, rope))
 
 
+def turn(x, rope, out):
+    """x (1, n, K, D) turned by a table (2, n, 1, D/2) into the place out."""
+    if kernels.works(x.device) and x.is_contiguous() and out.dtype == torch.bfloat16:
+        return rows.turn(x, rope, out)
+    (compiled(turn_into) if x.is_cuda else turn_into)(x, rope, out)
+
+
 class GPURing(Ring):
     """As live.Ring; the result of `attend` takes the place of the queries."""
 
+    def at(self, slot, seen, moved):
+        """As Ring.at; keys and values can be made where they belong."""
+        attend, start = super().at(slot, seen, moved), self.S + slot * self.n
+        attend.places = lambda layer: self.layers[layer][:, :, start:start + BLOCK * self.n]
+        return attend
+
     def attend(self, q, k, v, layer, slot, seen, moved):
         memory, start, seen = self.layers[layer], self.S + slot * self.n, self.S + seen * self.n
-        (compiled(turn_into) if q.is_cuda else turn_into)(self.ref_keys[layer], moved, memory[0, :, :self.n])
-        memory[0, :, start:start + k.shape[1]].copy_(k)
-        memory[1, :, start:start + k.shape[1]].copy_(v)
+        turn(self.ref_keys[layer], moved, memory[0, :, :self.n])
+        for x, place in zip((k, v), memory[:, :, start:start + k.shape[1]]):
+            if x.data_ptr() != place.data_ptr():                     # it was not made there
+                place.copy_(x)
         whole = seen // KEYS * KEYS if seen >= LONG and takes_last_keys_apart(q) else seen
         attend_rows(q, *memory[:, :, :seen], whole)
         return q.flatten(2)

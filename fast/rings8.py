@@ -16,11 +16,10 @@ from __future__ import annotations                                   # where Tri
 import torch
 
 from fast.attention8 import KEYS, LOG2_E, QUERIES, STAGES, check, quantize_rows, tile
-from fast.blocks import compiled
 from fast.fp8 import E4M3, MAX, TINY
 from fast.kernels import jit, triton
-from fast.rings import turn_into
-from live import BLOCK
+from fast.rings import turn
+from live import BLOCK, Ring
 
 if triton:
     import triton.language as tl
@@ -103,7 +102,7 @@ def blocks_of(tokens):
     return -(-tokens // KEYS)
 
 
-class Ring8:
+class Ring8(Ring):
     """As live.Ring, for one step on a GPU; the result of `attend` takes the place of the queries."""
 
     def __init__(self, expert, n, window):
@@ -143,7 +142,7 @@ class Ring8:
 
     def attend(self, q, k, v, layer, slot, seen, moved):
         ref = torch.empty_like(self.ref_keys[layer], dtype=torch.bfloat16)
-        (compiled(turn_into) if q.is_cuda else turn_into)(self.ref_keys[layer], moved, ref)
+        turn(self.ref_keys[layer], moved, ref)
         part, last = 2 + slot // BLOCK, 2 + seen // BLOCK            # parts 0 to last - 1 are seen
         self.write(layer, 0, ref)
         self.write(layer, part, k, v)

@@ -239,7 +239,7 @@ def test_streamed_memory_and_bandwidth():
 
 
 def test_compiled_once_for_all_blocks():
-    """Streamed and resident blocks, first and later clips: three graphs, the same bits."""
+    """Streamed and resident blocks, first and later clips: the same bits. One graph, of audio layers; two more where rows.py does not serve."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     blocks.compiled.cache_clear()
@@ -250,8 +250,10 @@ def test_compiled_once_for_all_blocks():
             latents, t, conds = clip(net, BIG, **SHAPE, motion=motion)
             results.append([net(latents, t, cond) for cond in conds])
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    served = fp8.multiplies_fp8(torch.device("cuda")) and kernels.works(torch.device("cuda"))
     print(f"\n{graphs} graphs compiled for {BIG.n_layer} blocks, three times")
-    assert all(torch.equal(a, b) for i in range(2) for later in results[2 + i::2] for a, b in zip(results[i], later)) and graphs == 3
+    assert all(torch.equal(a, b) for i in range(2) for later in results[2 + i::2] for a, b in zip(results[i], later))
+    assert graphs == (1 if served else 3)
 
 
 # -------------------------------------------------------------------------------------------- attention, the last keys apart

@@ -1,0 +1,298 @@
+"""What stands between the matrix products of a float8 block: each run of operations one trip through memory. Triton, for NVIDIA GPUs.
+
+A block of model.py is eight products of all tokens with a matrix, two attentions, and between them norms, modulation, RoPE, gates, GELU and the
+cast to float8. `project` and `finish` do what those of model.Block do, with four kernels; torch.compile makes twice as many, of twice the time.
+
+    products   are multiplied without scales, for which cuBLAS has faster kernels; queries, keys and values as one, where their weights lie together.
+               What a product is then worth, raw * scale of its token * scale of its channel + bias, the kernel behind it works out on the way
+    normed     x + gate * product, its norm, modulated, cast to float8       turned     a product, its norm, RoPE, into its place
+    gelu       of a product, cast to float8                                  add        x + gate * product
+
+On a CPU each does the same in PyTorch, in float32 and without a cast. `follows` compares that with model.py's block before it is used: where a fork
+puts a block together in another way, its own functions run, compiled.
+
+Axes    n tokens   C channels of a product   K heads   D head width
+"""
+from __future__ import annotations                                   # where Triton is missing, tl.constexpr below is not looked up
+
+import sys
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from fast import fp8, kernels
+from fast.kernels import jit, triton
+from model import Config, attention, layer_norm
+
+if triton:
+    import triton.language as tl
+
+
+class Product(NamedTuple):
+    """Tokens times a layer's matrix, not yet scaled."""
+    raw: torch.Tensor            # (n, C), each row contiguous
+    token_scale: torch.Tensor | None                                 # (n, 1)
+    layer: nn.Module             # FP8Linear; on a CPU a linear layer
+
+    def value(self):
+        """What it is worth (n, C) float32, in PyTorch"""
+        y = self.raw.float() if self.token_scale is None else self.raw.float() * self.token_scale * self.layer.weight_scale.T
+        return y + self.layer.bias.float()
+
+
+@cache
+def one(device):
+    return torch.ones((), device=device)
+
+
+def lie_together(layers):
+    """The weights of layers (C, in) as one matrix, where each begins where the one before it ends, or None."""
+    first, *others = (layer.weight for layer in layers)
+    end = first.data_ptr() + first.nbytes
+    for weight in others:
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += weight.nbytes
+    return first.as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
+
+
+def lay_together(layers):
+    """Put the weights of float8 layers one behind the other."""
+    whole = torch.cat([layer.weight for layer in layers])
+    for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+
+
+def multiply(tokens, token_scale, *layers):
+    """tokens (n, in) -> Product of each layer"""
+    if not tokens.is_cuda:
+        return [Product(F.linear(tokens, layer.weight.float()), None, layer) for layer in layers]
+
+    def product(weight):
+        return torch._scaled_mm(tokens, weight.t(), one(tokens.device), one(tokens.device), out_dtype=torch.bfloat16, use_fast_accum=fp8.FAST_ACCUM)
+    weight = lie_together(layers)
+    raws = [product(layer.weight) for layer in layers] if weight is None else product(weight).split([len(layer.weight) for layer in layers], dim=1)
+    return [Product(raw, token_scale, layer) for raw, layer in zip(raws, layers)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the kernels
+
+@jit
+def product_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, row, channel, there):
+    """The worth of a product's row at these channels."""
+    raw = tl.load(raw_ptr + row * stride + channel, mask=there, other=0).to(tl.float32)
+    y = raw * tl.load(token_scale_ptr + row) * tl.load(channel_scale_ptr + channel, mask=there, other=0)
+    return y + tl.load(bias_ptr + channel, mask=there, other=0).to(tl.float32)
+
+
+@jit
+def store_float8(y, y_ptr, scale_ptr, row, channel, there, C: tl.constexpr):
+    scale = tl.maximum(tl.max(tl.abs(y), 0) / 448, 1.1754943508222875e-38)                # fp8.MAX, fp8.TINY
+    tl.store(y_ptr + row * C + channel, (y * (1 / scale)).to(tl.float8e4nv), mask=there)             # nearest even; saturates
+    tl.store(scale_ptr + row, scale)
+
+
+@jit
+def normed_row(x_ptr, raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, gate_ptr, shift_ptr, scale_ptr, y_ptr, y_scale_ptr, eps,
+               C: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr):
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    there = channel < C
+    x = tl.load(x_ptr + row * C + channel, mask=there, other=0)
+    if ADD:
+        more = product_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, row, channel, there)
+        if GATE:
+            more *= tl.load(gate_ptr + channel, mask=there, other=0)
+        x += more
+        tl.store(x_ptr + row * C + channel, x, mask=there)
+    if NORM:
+        x = tl.where(there, x - tl.sum(x, 0) / C, 0)
+        x *= tl.rsqrt(tl.sum(x * x, 0) / C + eps)
+        y = x * (PLUS + tl.load(scale_ptr + channel, mask=there, other=0)) + tl.load(shift_ptr + channel, mask=there, other=0)
+        store_float8(y, y_ptr, y_scale_ptr, row, channel, there, C)
+
+
+@jit
+def turned_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, eps,
+               C: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr):
+    """HALF: a head's channel pairs. If not SCALED, the row is what it is worth."""
+    row, pair = tl.program_id(0).to(tl.int64), tl.arange(0, triton.next_power_of_2(C // 2))
+    channel = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+    there = channel < C
+    if SCALED:
+        x = product_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, row, channel, there)
+    else:
+        x = tl.load(raw_ptr + row * stride + channel, mask=there, other=0).to(tl.float32)
+    if NORM:
+        x = tl.where(there, x, 0)
+        x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / C + eps)
+        x *= tl.load(weight_ptr + channel, mask=there, other=0).to(tl.float32)
+    if TURN:
+        a, b = tl.split(x)
+        angle = row * HALF + pair % HALF
+        cos, sin = tl.load(cos_ptr + angle, mask=pair < C // 2, other=0), tl.load(sin_ptr + angle, mask=pair < C // 2, other=0)
+        x = tl.join(a * cos - b * sin, a * sin + b * cos)
+    tl.store(y_ptr + row * C + channel, x.to(tl.bfloat16), mask=there)
+
+
+@jit
+def gelu_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, y_ptr, y_scale_ptr, C: tl.constexpr, WIDTH: tl.constexpr):
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    there = channel < C
+    x = product_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, row, channel, there)
+    x = x / (1 + tl.exp2(-2.302208198 * (x + 0.044715 * x * x * x)))                      # blocks.SigmoidGELU; 2 sqrt(2 / pi) log2(e)
+    store_float8(tl.where(there, x, 0), y_ptr, y_scale_ptr, row, channel, there, C)
+
+
+def arguments(product, otherwise):
+    """A product's, of a kernel; of None any tensor's, which the kernel does not touch."""
+    if product is None:
+        return otherwise, 0, otherwise, otherwise, otherwise
+    return product.raw, product.raw.stride(0), product.token_scale, product.layer.weight_scale, product.layer.bias
+
+
+def rows8(n, C, device):
+    return torch.empty(n, C, device=device, dtype=fp8.E4M3), torch.empty(n, 1, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------------- what they are for
+
+def normed(x, shift, scale, eps, product=None, gate=None, plus=1.0):
+    """x (1, n, C) float32; with a product x + gate * product takes its place -> its layer norm * (plus + scale) + shift, as `multiply` takes it"""
+    if not x.is_cuda:
+        add(x, product, gate)
+        return (layer_norm(x, eps) * (plus + scale) + shift)[0], None
+    n, C = x.shape[1:]
+    out = rows8(n, C, x.device)
+    with torch.cuda.device(x.device):
+        normed_row[(n,)](x, *arguments(product, x), x if gate is None else gate, shift, scale, *out, eps, C, triton.next_power_of_2(C),
+                         product is not None, gate is not None, True, plus)
+    return out
+
+
+def add(x, product, gate=None):
+    """x + gate * product in the place of x (1, n, C)"""
+    if product is None:
+        return
+    if not x.is_cuda:
+        x += product.value() * (1 if gate is None else gate)
+        return
+    n, C = x.shape[1:]
+    with torch.cuda.device(x.device):
+        normed_row[(n,)](x, *arguments(product, x), x if gate is None else gate, x, x, x, x, 0.0, C, triton.next_power_of_2(C), True,
+                         gate is not None, False, 1.0)
+
+
+def turned(product, out, norm=None, rope=None):
+    """A product, its RMS norm and RoPE (2, n, 1, D/2), each if given, into the place out (1, n, K, D) -> out"""
+    if not out.is_cuda:
+        y = product.value() if norm is None else norm(product.value())
+        y = y.view(out.shape)
+        if rope is not None:
+            (a, b), (cos, sin) = y.unflatten(-1, (-1, 2)).unbind(-1), rope
+            y = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+        return out.copy_(y)
+    (n, C), D = product.raw.shape, out.shape[3]
+    cos, sin = (product.token_scale,) * 2 if rope is None else rope
+    weight, eps = (product.token_scale, 0.0) if norm is None else (norm.weight, norm.eps)
+    with torch.cuda.device(out.device):
+        turned_row[(n,)](*arguments(product, None), weight, cos, sin, out, eps, C, D // 2, rope is not None, norm is not None, True, num_warps=8)
+    return out
+
+
+def turn(x, rope, out):
+    """Rows x (1, n, K, D) any float, on a GPU, turned by RoPE (2, n, 1, D/2) into the place out (1, n, K, D) bf16"""
+    _, n, K, D = x.shape
+    with torch.cuda.device(x.device):
+        turned_row[(n,)](x, K * D, x, x, x, x, *rope, out, 0.0, K * D, D // 2, True, False, False, num_warps=8)
+
+
+def gelu(product):
+    """-> the tanh approximation of GELU, as `multiply` takes it"""
+    if not product.raw.is_cuda:
+        return F.gelu(product.value(), approximate="tanh"), None
+    n, C = product.raw.shape
+    out = rows8(n, C, product.raw.device)
+    with torch.cuda.device(product.raw.device):
+        gelu_row[(n,)](*arguments(product, None), *out, C, triton.next_power_of_2(C), num_warps=8)
+    return out
+
+
+def quantize(y):
+    """y (1, n, C) -> as `multiply` takes it"""
+    return kernels.quantize_rows(y[0]) if y.is_cuda else (y[0].float(), None)
+
+
+# ------------------------------------------------------------------------------------------------------- model.Block, results in place
+
+@cache
+@torch.no_grad()
+def follows(kind):
+    """Do `project` and `finish` compute what those of this class of blocks do? Tried on a narrow one, on the CPU."""
+    from fast.blocks import finish_in_place, one_thread, project_into    # which imports this file
+    g, n, K, D = torch.Generator().manual_seed(0), 5, 2, 24
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g)
+    try:
+        block = kind(replace(Config(), dim=K * D, ffn_dim=96, n_head=K), False).float()
+        for p in block.parameters():
+            p.copy_(randn(*p.shape) / (p[0].numel() if p.ndim > 1 else 1) ** 0.5)
+        x, mod, rope, text, found = randn(1, n, K * D), randn(6, 1, 1, K * D), randn(2, n, 1, D // 2), randn(2, 1, 7, K, D), []
+        with one_thread():
+            for first, then in ((project, finish), (project_into, finish_in_place)):
+                y, parts = x.clone(), torch.empty(3, 1, n, K, D)
+                first(block, y, mod, rope, *parts)
+                then(block, y, attention(*parts), mod, text)
+                found.append(torch.cat([y.flatten(), parts.flatten()]))
+        same = bool((found[0] - found[1]).norm() < 1e-4 * found[1].norm())                # rounding gives 1e-7
+    except Exception:                                                # of a block that is built in another way
+        same = False
+    if not same:
+        print("fast/rows.py does not compute what Block.project and Block.finish do now: these run, compiled, which is slower", file=sys.stderr)
+    return same
+
+
+def matrices(block):
+    """The layers of a block that all its tokens go through."""
+    attn, cross = block.self_attn, block.cross_attn
+    return attn.q, attn.k, attn.v, attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2]
+
+
+def serves(block, x):
+    """Are these the kernels for this block and these tokens x?"""
+    return len(x) == 1 and x.is_contiguous() and fp8.multiplies_fp8(x.device) and kernels.works(x.device) and follows(type(block)) and \
+        all(isinstance(layer, fp8.FP8Linear) and layer.bias is not None and not any(side % fp8.ALIGN for side in layer.weight.shape)
+            for layer in matrices(block))
+
+
+def arrange(blocks):
+    """Lay the weights of these blocks' queries, keys and values one behind the other, where they are float8 and on a GPU."""
+    for block in blocks:
+        three = [getattr(getattr(block, "self_attn", None), name, None) for name in "qkv"]             # a fork may have others
+        if all(isinstance(layer, fp8.FP8Linear) and layer.weight.is_cuda for layer in three) and lie_together(three) is None:
+            lay_together(three)
+    torch.cuda.empty_cache()                                         # where they were
+
+
+def project(block, x, mod, rope, q, k, v):
+    """Block.project of x (1, n, C) into q, k, v (1, n, K, D)"""
+    attn, (shift1, scale1) = block.self_attn, mod[:2]
+    products = multiply(*normed(x, shift1, scale1, block.eps), attn.q, attn.k, attn.v)
+    for product, out, norm in zip(products, (q, k, v), (attn.norm_q, attn.norm_k, None)):
+        turned(product, out, norm, None if norm is None else rope)
+
+
+def finish(block, x, y, mod, text):
+    """Block.finish in place of x (1, n, C), y (1, n, C) from attention"""
+    cross, norm, (gate1, shift2, scale2, gate2) = block.cross_attn, block.cross_norm, mod[2:]
+    product, = multiply(*quantize(y), block.self_attn.o)
+    product, = multiply(*normed(x, norm.bias.float(), norm.weight.float(), norm.eps, product, gate1, plus=0.0), cross.q)
+    q = cross.split(torch.empty(x.shape, device=x.device, dtype=text.dtype))
+    product, = multiply(*quantize(attention(turned(product, q, cross.norm_q), *text)), cross.o)
+    product, = multiply(*normed(x, shift2, scale2, block.eps, product), block.ffn[0])
+    product, = multiply(*gelu(product), block.ffn[2])
+    add(x, product, gate2)
