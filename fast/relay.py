@@ -91,6 +91,16 @@ class Relay(live.Live):
         sigmas, timesteps = live.schedule(steps, self.stream.shift)
         self.stream.sigmas, self.stream.timesteps = sigmas[self.own.start:self.own.stop + 1], timesteps[self.own.start:self.own.stop]
 
+    def greet(self):
+        """Hand a block's latents down the line before there are any: the first exchange on GPUs takes seconds."""
+        line, x = self.line, torch.zeros(self.shape, device=self.picture.motion.device)
+        if not line.first:
+            line.receive()
+            line.take(x)
+        if not line.last:
+            line.send(None, x)
+            line.settle()
+
     def blocks(self, sound, hear):
         """Yield per block its features, how many frames there will be in all, and when it was heard.
 

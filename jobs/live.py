@@ -50,7 +50,9 @@ def open_live(checkpoint, plan, replace_ref=False):
     prepared = live.prepare([nets[name] for name in steps], vae, text, None, latents)
     how = o.seed, plan.window, o.shift, replace_ref, ring_class(plan)
     video = live.Live(prepared, *how) if line.size == 1 else Relay(prepared, line, o.steps, *how)
-    if o.device.type != "cpu" and line.size == 1 and plan.frames >= LONG:
+    if line.size > 1:
+        video.greet()
+    if o.device.type != "cpu" and (plan.frames >= LONG or line.size > 1):      # many ranks would wait for the first block of each, one after the other
         from fast.rings import BlockGraphs
         cfg = checkpoint.configs["denoiser"]
         silence = torch.zeros(1, cfg.audio_states, cfg.audio_dim, FRAMES, device=o.device)
