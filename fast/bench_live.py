@@ -38,6 +38,7 @@ from fast.probe import GIB, memory_used, pick_device, synchronize
 from fast.relay import Line, Relay
 from fast.rings import Beside, BlockGraphs, GPURing
 from fast.rings8 import Ring8
+from fast.rows import arrange
 from fast.stills import still
 from formats.checkpoints import materialise
 from jobs.live import onto, pictures
@@ -47,7 +48,7 @@ from tiny import random_weights
 
 WORDS = ("plain", "beside", "rings8", "graphs")
 WAYS = ("plain", "beside", "rings8+beside", "graphs+beside", "rings8+graphs+beside")
-WAYS_OF_RANKS = ("beside", "rings8+beside")
+WAYS_OF_RANKS = ("beside", "rings8+beside", "graphs+beside", "rings8+graphs+beside")
 FRAMES = 4 * live.BLOCK
 
 
@@ -60,7 +61,7 @@ class Bench:
         self.configs = random_weights.released("s2v-14B") if gpu and not args.tiny else random_weights.tiny("s2v-14B")
         cfg = self.cfg = self.configs["denoiser"]
         net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, self.dtype), device, self.dtype, args.fp8)
-        self.net = FastDenoiser(net, compile=args.compile)
+        self.net = FastDenoiser(arrange(net), compile=args.compile)
         self.vae = convolution.use_kernels(random_network("vae", self.configs, device, vae_dtype)) if line.last else None
         (width, height), random = args.size, torch.Generator(device).manual_seed(0)
 
@@ -202,7 +203,7 @@ def flat(bench, picture, blocks):
     ring, gpu = Ring8 if bench.args.flat_rings8 else GPURing, bench.device.type == "cuda"
     video, at, digests = bench.begin(picture, ring), {}, []
     if gpu:                                                          # as sample.py makes a long stream
-        BlockGraphs(video.stream).capture_all(torch.zeros(video.shape, device=bench.device), bench.audio(0))
+        BlockGraphs(video.stream).get_ready(torch.zeros(video.shape, device=bench.device), bench.audio(0))
     beside = Beside(video) if gpu else None
 
     def make_20(video, beside):
@@ -233,9 +234,9 @@ def on_ranks(args, device, names, result):
     warm, found = args.window // live.BLOCK * 2 + 2, [None] * line.size
     for name in names:
         video, times = Relay(picture, line, args.steps, window=args.window, ring=Ring8 if "rings8" in name else GPURing), []
+        if "graphs" in name:
+            BlockGraphs(video.stream).get_ready(torch.zeros(video.shape, device=device), bench.audio(0))
         video.greet()
-        if device.type == "cuda":                                    # as sample.py
-            BlockGraphs(video.stream).capture_all(torch.zeros(video.shape, device=device), bench.audio(0))
         sound = video.blocks(((bench.audio(i)[0].cpu(), math.inf, 0.0) for i in range(warm + args.blocks)), None)
         if line.last:
             times = [time.perf_counter() for _ in pictures(video, (block[:2] for block in sound), device, True)]
@@ -277,7 +278,7 @@ def main(args):
     ranks = bench_ranks.under_torchrun()
     args.ways = args.ways or list(WAYS_OF_RANKS if args.ranks or ranks else WAYS)
     if (args.ranks or ranks) and (other := set(args.ways) - set(WAYS_OF_RANKS)):
-        raise ValueError(f"--ways of --ranks are {' and '.join(WAYS_OF_RANKS)}, got {min(other)}")
+        raise ValueError(f"--ways of --ranks are {', '.join(WAYS_OF_RANKS)}, got {min(other)}")
     if args.ranks and not ranks:
         if not 2 <= args.ranks <= args.steps:
             raise ValueError(f"--ranks wants 2 to {args.steps}, a step for each, got {args.ranks}")

@@ -6,13 +6,14 @@ token chunks   Everything but `attend` works token by token, so it runs on 8192 
                temporaries of a block shrink from 9 GiB to 1 GiB, at no cost in time (H200).
 in place       A block's result takes the place of its input x, attention's result that of the queries: 1.5 and 0.8 GiB at 1280x704.
 compiled       Norm, modulation, RoPE, cast, gate and GELU fuse to one pass over memory each: a bf16 forward at 832x480 takes 3.16 s instead
-               of 3.55 s, a float8 one 2.6 s (H200). RoPE and GELU are written in forms that the compiler turns into faster kernels.
-rows           In float8 on an NVIDIA GPU `project` and `finish` are those of rows.py in place of compiled ones, if they compute the same.
+               of 3.55 s (H200). RoPE and GELU are written in forms that the compiler turns into faster kernels.
+rows           In float8 on an NVIDIA GPU `project` and `finish` are those of rows.py in place of compiled ones.
 attention      cuDNN's kernel is 1.6 times as fast as flash attention on Hopper; it works on 256 queries and KEYS keys at a time, and keys
                left over make it 8% slower, so they are attended to afterwards (kernels.py).
 
-A change of model.py's `Block.project`, `finish` or `audio_cross_attention` acts here too, since these are what runs. A change of how
-`Block.forward` or `Denoiser.forward` put them together must be repeated here: `verify` notices if it is not, before a run begins.
+A change of model.py's `Block.project`, `finish` or `audio_cross_attention` acts here too, since these are what runs: rows.py stands aside when it
+computes something else. A change of how `Block.forward` or `Denoiser.forward` put them together must be repeated here: `verify` notices if it is
+not, before a run begins.
 """
 import copy
 import math
@@ -163,11 +164,9 @@ class FastDenoiser:
         self.net, self.chunk, self.attend, self.host_layers = net, chunk, attend, host_layers
         run = compiled if compile else lambda function: function
         self.project, self.finish, self.audio_cross_attention = run(project_into), run(finish_in_place), run(audio_in_place)
-        self.serves = rows.serves if compile else lambda block, x: False
+        self.serves = (lambda block, x: rows.serves(block, x, net.cfg)) if compile else lambda block, x: False
         for block in offload.all_blocks(net) if compile else ():
             use_forms_for_compiler(block)
-        if compile and isinstance(net.blocks, nn.ModuleList):
-            rows.arrange(net.blocks)
 
     @torch.no_grad()
     def prepare(self, **arguments):

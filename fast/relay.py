@@ -92,7 +92,8 @@ class Relay(live.Live):
         self.stream.sigmas, self.stream.timesteps = sigmas[self.own.start:self.own.stop + 1], timesteps[self.own.start:self.own.stop]
 
     def greet(self):
-        """Hand a block's latents down the line before there are any: the first exchange on GPUs takes seconds."""
+        """Hand a block's latents down the line before there are any: the first exchange on GPUs takes seconds. On the last in line it returns when all
+        are ready."""
         line, x = self.line, torch.zeros(self.shape, device=self.picture.motion.device)
         if not line.first:
             line.receive()

@@ -82,14 +82,14 @@ class BlockGraphs:
         return out.clone()
 
     @torch.no_grad()
-    def capture_all(self, latents, audio):
-        """Make all graphs ahead, before a stream begins: what this leaves in the rings is written over before it is seen.
+    def get_ready(self, latents, audio, capture=True):
+        """Compile, and make all graphs, before a stream begins: what this leaves in the rings is written over before it is seen.
 
         latents  (1, z, 3, H, W), audio (1, audio_states, audio_dim, 12): of the stream's shapes and on its device, of any numbers
+        capture  False where the stream will replace its reference: its graphs, which have other addresses, are made when rings are full
         """
         stream = self.stream
-        for place in range(0, stream.window, BLOCK):
-            stream.frame = stream.window + place
+        for stream.frame in range(stream.window, 2 * stream.window, BLOCK) if capture else (0,):
             self(latents, stream.conditions(audio), [stream.moved(AHEAD[0]) for _ in stream.experts])
         stream.frame = 0
 

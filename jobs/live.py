@@ -25,7 +25,7 @@ from media.stream import WAITING, StreamWriter, named_format, pcm
 from text import Tokenizer, encode_prompt
 
 SAMPLES, PIPED = "wanted 16-bit 16 kHz mono samples on standard input", "pipe them in, as `ffmpeg -i a.wav -f s16le -ar 16000 -ac 1 - | ...`"
-LONG = 1000      # frames: streams as long as that have CUDA graphs on a GPU, which take 3 s to make and help most where the host is busy
+LONG = 1000      # frames: streams as long as that, and by many GPUs, have CUDA graphs, which take 3 s to make and help most where the host is busy
 
 
 def open_live(checkpoint, plan, replace_ref=False):
@@ -50,13 +50,13 @@ def open_live(checkpoint, plan, replace_ref=False):
     prepared = live.prepare([nets[name] for name in steps], vae, text, None, latents)
     how = o.seed, plan.window, o.shift, replace_ref, ring_class(plan)
     video = live.Live(prepared, *how) if line.size == 1 else Relay(prepared, line, o.steps, *how)
-    if line.size > 1:
-        video.greet()
-    if o.device.type != "cpu" and (plan.frames >= LONG or line.size > 1):      # many ranks would wait for the first block of each, one after the other
+    if o.device.type != "cpu" and (plan.frames >= LONG or line.size > 1):
         from fast.rings import BlockGraphs
         cfg = checkpoint.configs["denoiser"]
         silence = torch.zeros(1, cfg.audio_states, cfg.audio_dim, FRAMES, device=o.device)
-        BlockGraphs(video.stream).capture_all(torch.zeros(video.shape, device=o.device), silence)
+        BlockGraphs(video.stream).get_ready(torch.zeros(video.shape, device=o.device), silence, capture=not replace_ref)
+    if line.size > 1:
+        video.greet()
     return video
 
 
@@ -65,8 +65,9 @@ def load_denoiser(checkpoint, name, o):
     if o.device.type == "cpu":
         return net
     from fast.blocks import FastDenoiser, verify
+    from fast.rows import arrange
     verify(type(net), net.cfg)
-    return FastDenoiser(net, compile=o.compile is not False)
+    return FastDenoiser(arrange(net), compile=o.compile is not False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- sound

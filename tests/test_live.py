@@ -109,7 +109,8 @@ def test_a_replaced_reference_is_remembered(parts):
     assert torch.equal(again.block(parts.sound[4]), b)
 
 
-def test_graphs_follow_another_reference_and_another_state(parts, monkeypatch):
+@pytest.mark.parametrize("ahead", (True, False))
+def test_graphs_follow_another_reference_and_another_state(parts, monkeypatch, ahead):
     """A CUDA graph is imitated: it computes with the tensors that were there when it was captured, and writes to one place."""
     def capture(graphs):
         stream, keys = graphs.stream, [ring.ref_keys for ring in graphs.stream.rings]
@@ -126,13 +127,13 @@ def test_graphs_follow_another_reference_and_another_state(parts, monkeypatch):
         return SimpleNamespace(replay=replay), out
     made, plain, first = [], begin(parts, replace_ref=True), begin(parts, replace_ref=True)
     monkeypatch.setattr(BlockGraphs, "capture", capture)
-    BlockGraphs(first.stream).capture_all(torch.ones(first.shape), torch.ones_like(parts.sound[0]))
-    assert len(made) == 2 and first.stream.frame == 0                # a window of 6 frames has two places for a block
+    BlockGraphs(first.stream).get_ready(torch.ones(first.shape), torch.ones_like(parts.sound[0]), capture=ahead)
+    assert len(made) == 2 * ahead and first.stream.frame == 0        # a window of 6 frames has two places for a block
     for i, sound in enumerate(parts.sound[:5]):
         assert torch.equal(first.block(sound), plain.block(sound))
-    assert len(made) == 4
+    assert len(made) == 2 * ahead + 2
     first.restore(plain.state())
-    assert torch.equal(first.block(parts.sound[5]), plain.block(parts.sound[5])) and len(made) == 5
+    assert torch.equal(first.block(parts.sound[5]), plain.block(parts.sound[5])) and len(made) == 2 * ahead + 3
 
 
 def test_8_bit_values_have_room():
@@ -188,6 +189,15 @@ def test_the_ring_of_a_gpu_gives_the_same_numbers(parts):
     for sound in parts.sound[:4]:
         a, b = (viewer.latents(sound) for viewer in viewers)
         assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_the_ring_of_a_gpu_copies_what_was_made_elsewhere(parts):
+    picture, g = begin(parts).picture, torch.Generator().manual_seed(4)
+    mine, theirs = (live.Live(picture, 42, 6, ring=kind).stream.rings[0] for kind in (GPURing, live.Ring))
+    q, k, v = (torch.randn(1, live.BLOCK * mine.n, *mine.layers[0].shape[3:], generator=g) for _ in range(3))
+    moved = torch.stack([torch.ones(mine.n, 1, q.shape[3] // 2), torch.zeros(mine.n, 1, q.shape[3] // 2)])
+    a, b = (ring.attend(q.clone(), k, v, 1, 3, 6, moved) for ring in (mine, theirs))
+    assert (a - b).norm() < 1e-6 * b.norm() and torch.equal(mine.layers[1], theirs.layers[1])
 
 
 def test_teacher_forcing_is_the_ring(parts):

@@ -82,7 +82,7 @@ def test_the_benchmark_on_a_cpu_finishes_or_says_what_it_wants(capsys, monkeypat
 
 def test_the_benchmark_of_streams(capsys, small_vae):
     """Ways that ranks do not have are refused; on a CPU one is measured."""
-    with pytest.raises(ValueError, match="--ways of --ranks are beside and rings8.beside, got graphs"):
+    with pytest.raises(ValueError, match="--ways of --ranks are beside, rings8.beside, graphs.beside, rings8.graphs.beside, got graphs"):
         bench_live.main(bench_live.parser().parse_args(["--ranks", "2", "--ways", "graphs"]))
     bench_live.main(bench_live.parser().parse_args(["--device", "cpu", "--size", "64x64", "--steps", "1", "--window", "3", "--blocks", "1"]))
     said = capsys.readouterr().out

@@ -28,7 +28,10 @@ def relay(rank, parts, size, replace_ref, change=None):
         change(line)
     text, *latents = line.once(lambda: (parts.text, *live.still(parts.vae, parts.picture)))
     picture = live.prepare([parts.net] * len(line.steps(4)), parts.vae if line.last else None, text, None, latents)
-    video, heard = Relay(picture, line, 4, 1, 6, replace_ref=replace_ref), []
+    video, heard, greeted, take = Relay(picture, line, 4, 1, 6, replace_ref=replace_ref), [], [], line.take
+    line.take = lambda like: greeted.append(rank) or take(like)
+    video.greet()
+    assert greeted == ([] if line.first else [rank]) and not line.sending
 
     def sound():
         for block, features in enumerate(parts.sound[:5]):
@@ -57,12 +60,12 @@ def test_frames_are_those_of_one_process(parts, tmp_path, size, replace_ref):  #
 
 
 def losing(line):
-    """Of what the first in line sends the fourth block is lost."""
+    """Of what the first in line sends, a greeting and then blocks, the fourth block is lost."""
     send, sent = line.send, []
 
     def some(note, *tensors):
         sent.append(note)
-        if len(sent) != 4:
+        if len(sent) != 5:
             send(note, *tensors)
     line.send = some if line.first else send
 

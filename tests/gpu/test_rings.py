@@ -73,7 +73,7 @@ def test_graphs_have_the_same_bits(parts, ring):
 
     def ahead(video):
         when_it_comes(video)
-        graphs[-1].capture_all(torch.ones(video.shape, device="cuda"), torch.ones_like(parts.sound[0]))
+        graphs[-1].get_ready(torch.ones(video.shape, device="cuda"), torch.ones_like(parts.sound[0]))
     graphs, want = [], latents(parts, ring)
     for way in (when_it_comes, ahead):
         assert torch.equal(latents(parts, ring, way), want) and len(graphs[-1].graphs) == WINDOW // live.BLOCK

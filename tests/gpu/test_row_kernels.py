@@ -1,4 +1,6 @@
 """The kernels between a float8 block's products, against the same in PyTorch.  pytest -s tests/gpu/test_row_kernels.py"""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn as nn
@@ -92,11 +94,11 @@ def test_a_block(together):
     fast = fast.to_empty(device="cuda")
     fast.load_state_dict({**state, **{n: v for name in names for n, v in zip((name, f"{name}_scale"), quantize_weight(state[name]))}})
     if together:
-        rows.arrange([fast])
+        rows.arrange(SimpleNamespace(blocks=nn.ModuleList([fast])))
         assert rows.lie_together([fast.self_attn.q, fast.self_attn.k, fast.self_attn.v]) is not None
     D = cfg.dim // cfg.n_head
     x, mod, rope, text = randn(1, 300, cfg.dim), randn(6, 1, 1, cfg.dim), randn(2, 300, 1, D // 2), randn(2, 1, 40, cfg.n_head, D).bfloat16()
-    assert rows.serves(fast, x)
+    assert rows.serves(fast, x, cfg)
 
     def run(block, project, finish, dtype):
         y, parts = x.clone(), torch.empty(3, 1, 300, cfg.n_head, D, device="cuda", dtype=dtype)
