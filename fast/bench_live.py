@@ -38,7 +38,7 @@ from fast.probe import GIB, memory_used, pick_device, synchronize
 from fast.relay import Line, Relay
 from fast.rings import Beside, BlockGraphs, GPURing
 from fast.rings8 import Ring8
-from fast.rows import arrange
+from fast.rows import fuse_qkv
 from fast.stills import still
 from formats.checkpoints import materialise
 from jobs.live import onto, pictures
@@ -61,7 +61,7 @@ class Bench:
         self.configs = random_weights.released("s2v-14B") if gpu and not args.tiny else random_weights.tiny("s2v-14B")
         cfg = self.cfg = self.configs["denoiser"]
         net = materialise("denoiser", cfg, random_entries("denoiser", cfg, device, self.dtype), device, self.dtype, args.fp8)
-        self.net = FastDenoiser(arrange(net), compile=args.compile)
+        self.net = FastDenoiser(fuse_qkv(net), compile=args.compile)
         self.vae = convolution.use_kernels(random_network("vae", self.configs, device, vae_dtype)) if line.last else None
         (width, height), random = args.size, torch.Generator(device).manual_seed(0)
 

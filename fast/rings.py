@@ -28,7 +28,7 @@ def turn_into(x, rope, out):
 def turn(x, rope, out):
     """x (1, n, K, D) turned by a table (2, n, 1, D/2) into the place out."""
     if kernels.works(x.device) and x.is_contiguous() and out.dtype == torch.bfloat16:
-        return rows.turn(x, rope, out)
+        return rows.rotate(x, rope, out)
     (compiled(turn_into) if x.is_cuda else turn_into)(x, rope, out)
 
 

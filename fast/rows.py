@@ -6,7 +6,7 @@ takes 0.70 s for 0.73 (H200).
 
     products   are multiplied without scales, for which cuBLAS has faster kernels; queries, keys and values as one, where their weights lie together.
                A product's value is raw * scale of its token * scale of its channel + bias; the next kernel works it out
-    normed     x + gate * product, its norm, modulated, cast to float8       turned     a product, its norm, RoPE, into its place
+    normed     x + gate * product, its norm, modulated, cast to float8       rotated    a product, its norm, RoPE, into its place
     gelu       of a product, cast to float8                                  add        x + gate * product
 
 On a CPU each does the same in PyTorch, in float32 and without a cast, from nothing but what its kernel is given. `follows` compares that with
@@ -50,7 +50,7 @@ def one(device):
     return torch.ones((), device=device)
 
 
-def lie_together(layers):
+def adjacent(layers):
     """The weights of layers (C, in) as one matrix, where each begins where the one before it ends, or None."""
     first, *others = (layer.weight for layer in layers)
     end = first.data_ptr() + first.nbytes
@@ -61,7 +61,7 @@ def lie_together(layers):
     return first.as_strided((sum(len(layer.weight) for layer in layers), first.shape[1]), first.stride())
 
 
-def lay_together(layers):
+def make_adjacent(layers):
     """Put the weights of float8 layers one behind the other: before anything, a CUDA graph say, knows their addresses."""
     whole = torch.cat([layer.weight for layer in layers])
     for layer, part in zip(layers, whole.split([len(layer.weight) for layer in layers])):
@@ -75,7 +75,7 @@ def multiply(tokens, token_scale, *layers):
 
     def product(weight):
         return torch._scaled_mm(tokens, weight.t(), one(tokens.device), one(tokens.device), out_dtype=torch.bfloat16, use_fast_accum=fp8.FAST_ACCUM)
-    weight = lie_together(layers)
+    weight = adjacent(layers)
     raws = [product(layer.weight) for layer in layers] if weight is None else product(weight).split([len(layer.weight) for layer in layers], dim=1)
     return [Product(raw, token_scale, layer) for raw, layer in zip(raws, layers)]
 
@@ -117,8 +117,8 @@ def normed_row(x_ptr, raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_
 
 
 @jit
-def turned_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, eps,
-               C: tl.constexpr, HALF: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr):
+def rotated_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr, eps,
+               C: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr):
     """HALF: a head's channel pairs. If not SCALED, the row is what it is worth."""
     row, pair = tl.program_id(0).to(tl.int64), tl.arange(0, triton.next_power_of_2(C // 2))
     channel = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
@@ -131,7 +131,7 @@ def turned_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, we
         x = tl.where(there, x, 0)
         x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / C + eps)
         x *= tl.load(weight_ptr + channel, mask=there, other=0).to(tl.float32)
-    if TURN:
+    if ROTATE:
         a, b = tl.split(x)
         angle = row * HALF + pair % HALF
         cos, sin = tl.load(cos_ptr + angle, mask=pair < C // 2, other=0), tl.load(sin_ptr + angle, mask=pair < C // 2, other=0)
@@ -188,7 +188,7 @@ def add(x, product, gate=None):
                          gate is not None, False, 1.0)
 
 
-def turned(product, out, norm=None, rope=None):
+def rotated(product, out, norm=None, rope=None):
     """A product, its RMS norm and RoPE (2, n, 1, D/2), each if given, into the place out (1, n, K, D) -> out"""
     if not out.is_cuda:
         y = product.value()
@@ -203,15 +203,15 @@ def turned(product, out, norm=None, rope=None):
     cos, sin = (product.token_scale,) * 2 if rope is None else rope
     weight, eps = (product.token_scale, 0.0) if norm is None else (norm.weight, norm.eps)
     with torch.cuda.device(out.device):
-        turned_row[(n,)](*arguments(product, None), weight, cos, sin, out, eps, C, D // 2, rope is not None, norm is not None, True, num_warps=8)
+        rotated_row[(n,)](*arguments(product, None), weight, cos, sin, out, eps, C, D // 2, rope is not None, norm is not None, True, num_warps=8)
     return out
 
 
-def turn(x, rope, out):
-    """Rows x (1, n, K, D) any float, on a GPU, turned by RoPE (2, n, 1, D/2) into the place out (1, n, K, D) bf16"""
+def rotate(x, rope, out):
+    """Rows x (1, n, K, D) any float, on a GPU, rotated by RoPE (2, n, 1, D/2) into the place out (1, n, K, D) bf16"""
     _, n, K, D = x.shape
     with torch.cuda.device(x.device):
-        turned_row[(n,)](x, K * D, x, x, x, x, *rope, out, 0.0, K * D, D // 2, True, False, False, num_warps=8)
+        rotated_row[(n,)](x, K * D, x, x, x, x, *rope, out, 0.0, K * D, D // 2, True, False, False, num_warps=8)
 
 
 def gelu(product):
@@ -277,13 +277,13 @@ def serves(block, x, cfg):
             for layer in matrices(block))
 
 
-def arrange(net):
+def fuse_qkv(net):
     """Lay the weights of each block's queries, keys and values one behind the other, if they are float8 and all blocks are on a GPU: one product for
     three is 0.6% of a block of a stream. Elsewhere blocks that come and go give the same bits as blocks that stay, and so they are left apart."""
     for block in net.blocks if isinstance(net.blocks, nn.ModuleList) else ():
         three = [getattr(getattr(block, "self_attn", None), name, None) for name in "qkv"]             # a fork may have others
-        if all(isinstance(layer, fp8.FP8Linear) and fp8.multiplies_fp8(layer.weight.device) for layer in three) and lie_together(three) is None:
-            lay_together(three)
+        if all(isinstance(layer, fp8.FP8Linear) and fp8.multiplies_fp8(layer.weight.device) for layer in three) and adjacent(three) is None:
+            make_adjacent(three)
     torch.cuda.empty_cache()                                         # where they were
     return net
 
@@ -293,7 +293,7 @@ def project(block, x, mod, rope, q, k, v):
     attn, (shift1, scale1) = block.self_attn, mod[:2]
     products = multiply(*normed(x, shift1, scale1, block.eps), attn.q, attn.k, attn.v)
     for product, out, norm in zip(products, (q, k, v), (attn.norm_q, attn.norm_k, None)):
-        turned(product, out, norm, None if norm is None else rope)
+        rotated(product, out, norm, None if norm is None else rope)
 
 
 def finish(block, x, y, mod, text):
@@ -301,7 +301,7 @@ def finish(block, x, y, mod, text):
     cross, norm, (gate1, shift2, scale2, gate2) = block.cross_attn, block.cross_norm, mod[2:]
     product, = multiply(*quantize(y), block.self_attn.o)
     product, = multiply(*normed(x, norm.bias.float(), norm.weight.float(), norm.eps, product, gate1, plus=0.0), cross.q)
-    product, = multiply(*quantize(attention(turned(product, cross.split(torch.empty_like(x, dtype=text.dtype)), cross.norm_q), *text)), cross.o)
+    product, = multiply(*quantize(attention(rotated(product, cross.split(torch.empty_like(x, dtype=text.dtype)), cross.norm_q), *text)), cross.o)
     product, = multiply(*normed(x, shift2, scale2, block.eps, product), block.ffn[0])
     product, = multiply(*gelu(product), block.ffn[2])
     add(x, product, gate2)

@@ -65,9 +65,9 @@ def load_denoiser(checkpoint, name, o):
     if o.device.type == "cpu":
         return net
     from fast.blocks import FastDenoiser, verify
-    from fast.rows import arrange
+    from fast.rows import fuse_qkv
     verify(type(net), net.cfg)
-    return FastDenoiser(arrange(net), compile=o.compile is not False)
+    return FastDenoiser(fuse_qkv(net), compile=o.compile is not False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- sound

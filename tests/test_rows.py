@@ -110,16 +110,16 @@ def test_float8_blocks_on_a_gpu_alone_are_served(monkeypatch):
     assert not served() and not FastDenoiser(net, compile=True).serves(block, x) and not FastDenoiser(net).serves(net.blocks[1], x)
 
 
-def test_weights_that_lie_together_are_one_matrix():
+def test_weights_that_adjacent_are_one_matrix():
     layers = [FP8Linear(16, n) for n in (8, 24, 8)]
     for i, layer in enumerate(layers):
         layer.weight.data.copy_(torch.full((1, 16), i + 1.0))
-    assert rows.lie_together(layers) is None
+    assert rows.adjacent(layers) is None
     before = torch.cat([layer.weight for layer in layers])
-    rows.lay_together(layers)
-    assert torch.equal(rows.lie_together(layers).float(), before.float()) and rows.lie_together(layers).data_ptr() == layers[0].weight.data_ptr()
+    rows.make_adjacent(layers)
+    assert torch.equal(rows.adjacent(layers).float(), before.float()) and rows.adjacent(layers).data_ptr() == layers[0].weight.data_ptr()
     assert all(not layer.weight.requires_grad and layer.weight.shape == (n, 16) for layer, n in zip(layers, (8, 24, 8)))
-    assert rows.lie_together(layers[::-1]) is None and rows.lie_together([layers[0], layers[2]]) is None
+    assert rows.adjacent(layers[::-1]) is None and rows.adjacent([layers[0], layers[2]]) is None
     assert [layer.weight.float().mean().item() for layer in layers] == [1, 2, 3]
 
 
@@ -142,19 +142,19 @@ def test_keys_and_values_are_made_in_the_ring():
     assert not ring.layers[1][:, :, :10 + 3 * n].any() and ring.layers[1][1, :, 10 + 3 * n:].any() and not ring.layers[0].any()
 
 
-def test_weights_of_resident_float8_blocks_are_arranged(monkeypatch):
+def test_queries_keys_and_values_of_resident_float8_blocks_are_fused(monkeypatch):
     net = small_net("s2v")
-    rows.arrange(net)
+    rows.fuse_qkv(net)
     for block in net.blocks:
         for name in "qkv":
             setattr(block.self_attn, name, FP8Linear(16, 16))
     before = [block.self_attn.q.weight.data_ptr() for block in net.blocks]
-    rows.arrange(net)
+    rows.fuse_qkv(net)
     assert before == [block.self_attn.q.weight.data_ptr() for block in net.blocks]                  # nothing here multiplies 8 bits
     monkeypatch.setattr(rows.fp8, "multiplies_fp8", lambda device: True)
-    assert rows.arrange(net) is net
+    assert rows.fuse_qkv(net) is net
     three = [[getattr(block.self_attn, name) for name in "qkv"] for block in net.blocks]
-    assert all(rows.lie_together(layers) is not None for layers in three)
+    assert all(rows.adjacent(layers) is not None for layers in three)
 
 
 def test_an_8_bit_ring_takes_nothing_of_a_plain_one():
@@ -184,7 +184,7 @@ def test_kernels_in_the_interpreter(gate, normed, rotated):
     rows.normed_row[(n,)](b, *rows.arguments(p, b), b if gate is None else gate, b, b, b, b, 0.0, C, 512, True, gate is not None, False, 1.0)
     assert gap(b, a) < 1e-6
     with torch.no_grad():
-        rows.turned(p, want, norm if normed else None, rope)
+        rows.rotated(p, want, norm if normed else None, rope)
     cos, sin = (p.token_scale,) * 2 if rope is None else rope
-    rows.turned_row[(n,)](*rows.arguments(p, None), norm.weight.detach(), cos, sin, out, norm.eps, C, D // 2, rotated, normed, True)
+    rows.rotated_row[(n,)](*rows.arguments(p, None), norm.weight.detach(), cos, sin, out, norm.eps, C, D // 2, rotated, normed, True)
     assert gap(out, want) < 8e-3

@@ -66,10 +66,10 @@ def test_norm_and_rope(normed, rotated):
     norm.weight.copy_(randn(C, seed=5))
     out = torch.empty(1, N + 7, K, D, device="cuda", dtype=torch.bfloat16)[:, 7:]
     given = norm if normed else None, rope if rotated else None
-    want = rows.turned(on_cpu(p), torch.empty(1, N, K, D), *map(on_cpu, given))
+    want = rows.rotated(on_cpu(p), torch.empty(1, N, K, D), *map(on_cpu, given))
     norm.cuda()
-    assert rows.turned(p, out, *given) is out
-    compare("turned", out, want, 3e-3)
+    assert rows.rotated(p, out, *given) is out
+    compare("rotated", out, want, 3e-3)
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def test_a_block(together):
     fast = fast.to_empty(device="cuda")
     fast.load_state_dict({**state, **{n: v for name in names for n, v in zip((name, f"{name}_scale"), quantize_weight(state[name]))}})
     if together:
-        rows.arrange(SimpleNamespace(blocks=nn.ModuleList([fast])))
-        assert rows.lie_together([fast.self_attn.q, fast.self_attn.k, fast.self_attn.v]) is not None
+        rows.fuse_qkv(SimpleNamespace(blocks=nn.ModuleList([fast])))
+        assert rows.adjacent([fast.self_attn.q, fast.self_attn.k, fast.self_attn.v]) is not None
     D = cfg.dim // cfg.n_head
     x, mod, rope, text = randn(1, 300, cfg.dim), randn(6, 1, 1, cfg.dim), randn(2, 300, 1, D // 2), randn(2, 1, 40, cfg.n_head, D).bfloat16()
     assert rows.serves(fast, x, cfg)
