@@ -2,9 +2,9 @@
 
 Rank 0 prints the plan, the bar and the result and writes the video; the others are silent. Every rank says twice a second that it lives, through
 the store of torchrun, which none of the exchanges uses. The first to fail, or to see that another is gone, claims the word: one line names the
-rank, and all others end: by their own error where an exchange breaks off, else by an interrupt, and in the end whatever they are doing.
+rank, and all others end: by their own error where an exchange breaks off, else by an interrupt, and in the end whatever they are doing. SIGTERM is
+what torchrun ends the others with when one has failed; where none has, somebody wants all to stop, which nobody need wait for.
 """
-import _thread
 import os
 import signal
 import socket
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fast.parallel import Ranks, choose_split
 from fast.probe import pick_device
+from jobs import stop
 from jobs.explain import explain
 from wan_s2v import Nothing
 
@@ -65,17 +66,28 @@ class World:
         except RuntimeError:                                         # the store is gone, and torchrun with it
             if self.rank == 0:
                 print("error: torchrun has ended, so all ranks end", file=self.stderr)
-        self.over = True
-        if self.done.wait(INTERRUPT):
+        stopped, self.over = self.stopped(), True
+        interrupt, end, status = (BEAT, stop.GRACE if stop.working else 2 * BEAT, 130) if stopped else (INTERRUPT, EXIT, 2)
+        if self.done.wait(interrupt):
             return
         try:
-            self.name_the_dead(absent=True)
+            self.name_the_dead(absent=not stopped)
         except RuntimeError:
             pass
         if not self.ending:
-            _thread.interrupt_main()
-        if not self.done.wait(EXIT - INTERRUPT):
-            os._exit(2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)            # also out of a read that waits
+        if not self.done.wait(end - interrupt):
+            os._exit(status)
+
+    def stopped(self):
+        """Is the end of all somebody's wish, not a failure?"""
+        try:
+            if not self.has("failed") and self.over and not self.done.wait(BEAT) and all(self.has(f"who/{rank}") for rank in range(self.size)):
+                self.name_the_dead()
+                self.store.compare_set("failed", "", "stopped")
+            return self.has("failed") and self.store.get("failed") == b"stopped"
+        except RuntimeError:                                         # the store is gone
+            return False
 
     def has(self, key):
         return self.store.check([key])
@@ -159,6 +171,7 @@ class World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(backend, store=self.pairing, rank=self.rank, world_size=self.size, **options)
+        stop.working = True
 
     # ---- a stream, of which each makes some steps
 

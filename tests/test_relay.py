@@ -1,12 +1,18 @@
 """A stream by many processes is that of one.  pytest tests/test_relay.py"""
+import io
 import json
+import os
 import re
+import signal
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import parity_live
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import as_torchrun, on_ranks
 from safetensors.torch import load_file
 from test_live import FACE, HERE, VOICE, begin, parts  # noqa: F401
@@ -16,7 +22,7 @@ import sample
 from fast.plan import RunConfig
 from fast.relay import Line, Relay
 from jobs import live as program
-from jobs import live_plan
+from jobs import live_plan, ranks
 from test_parity import GOLDEN, compare
 from tiny import random_weights
 
@@ -125,3 +131,28 @@ def test_the_plan_of_each_rank():
     assert all(rank["rings"] == one["rings"] / 4 and rank["denoiser"] == one["denoiser"] for rank in four)
     assert [rank["rings"] * 4 / one["rings"] for rank in sizes[3]] == [1, 2, 1]
     assert four[0]["VAE"] > four[1]["VAE"] > 1e9 and four[2]["VAE"] == four[3]["VAE"] == 0 and abs(four[0]["VAE"] + four[1]["VAE"] - one["VAE"]) < 2
+
+
+@pytest.mark.parametrize("here, failed, stops", [((0, 1), None, True), ((0,), None, False), ((0, 1), "1, thread 5, of rank 1: out of memory", False),
+                                                 ((0, 1), "stopped", True)])
+def test_ranks_that_are_told_to_end(here, failed, stops, monkeypatch):
+    """By SIGTERM: all stop, unless one has failed or never came, which has to be named first."""
+    world = ranks.World.__new__(ranks.World)
+    world.rank, world.size, world.store, world.over, world.ending, world.done = 0, 2, dist.HashStore(), False, False, threading.Event()
+    world.beats, world.speaking, world.stderr = {}, threading.Lock(), io.StringIO()
+    for rank in here:
+        world.store.set(f"who/{rank}", f"{socket.gethostname()} {os.getpid()}")
+    if failed:
+        world.store.set("failed", failed)
+    monkeypatch.setattr(ranks, "BEAT", 0.01)
+    monkeypatch.setattr(ranks, "INTERRUPT", 60.0)
+    sent = []
+    monkeypatch.setattr(ranks.signal, "pthread_kill", lambda thread, which: sent.append((thread, which)) or world.done.set())
+    watch = threading.Thread(target=world.watch, daemon=True)
+    world.told()
+    watch.start()
+    watch.join(2)
+    assert watch.is_alive() != stops and sent == [(threading.main_thread().ident, signal.SIGINT)] * stops
+    assert (world.store.check(["failed"]) and world.store.get("failed").decode()) == (failed or ("stopped" if stops else False))
+    world.done.set()
+    watch.join()
