@@ -233,7 +233,7 @@ def main(args):
         from jobs.batch import run_batch
         return run_batch(args, sys.modules[__name__])
     from media.video import check_output
-    check_output(args.out)
+    check_output(args.out, inputs=(args.audio, args.image, args.pose_video))
     make_video(open_pipeline(args), args)
     return 0
 

@@ -262,7 +262,7 @@ class WanS2VPipeline:
             raise ValueError(f"height and width go together, got height {height} and width {width}")
         if out is not None:
             from media.video import check_output, open_writer        # here, as below: importing `sample` does not need it
-            check_output(out)
+            check_output(out, inputs=(audio_path, image_path))
         given = dict(audio=audio_path, image=image_path, frames=num_frames, size=None if height is None else (width, height),
                      guidance=guidance_scale, steps=num_inference_steps, seed=None if generator is None else generator.initial_seed())
         given = {name: value for name, value in given.items() if value is not None}

@@ -264,7 +264,7 @@ def parser():
                    "no others)")
     p.add_argument("--ranks", type=int, metavar="N", help="start N processes, each on a GPU of its own")
     p.add_argument("--flat-rings8", action="store_true", help="with --flat: rings in 8 bits")
-    p.add_argument("--flat", type=int, metavar="N", help="make so many blocks and compare memory and bytes, nothing else")
+    p.add_argument("--flat", type=int, metavar="N", help="make so many blocks, in twenties, and compare memory and bytes, nothing else")
     p.add_argument("--fp8", action=argparse.BooleanOptionalAction, default=True, help="float8 matrices (default: on)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the blocks' per-token parts (default: on)")
     p.add_argument("--vae-dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
@@ -275,7 +275,7 @@ def parser():
 
 
 def main(args):
-    ranks = bench_ranks.under_torchrun()
+    ranks, given = bench_ranks.under_torchrun(), args.ways
     args.ways = args.ways or list(WAYS_OF_RANKS if args.ranks or ranks else WAYS)
     if (args.ranks or ranks) and (other := set(args.ways) - set(WAYS_OF_RANKS)):
         raise ValueError(f"--ways of --ranks are {', '.join(WAYS_OF_RANKS)}, got {min(other)}")
@@ -296,6 +296,8 @@ def main(args):
         if not ok:
             raise ValueError(f"--{name} wants {want}, got {value}")
     if device.type == "cpu":
+        if given and given != ["plain"]:
+            raise ValueError(f"--ways {','.join(given)} want a GPU: a CPU measures plain")
         args.ways, args.compile, args.fp8 = ["plain"], False, False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, commit {commit()}, live at {args.size[0]}x{args.size[1]}, {args.steps} steps, window {args.window}"

@@ -222,7 +222,7 @@ def check(job, program, pipelines, outs, inputs, summary):
     if summary.is_done(job):
         job.state = "done before"
         return
-    check_output(job.out)
+    check_output(job.out, inputs=(args.audio, args.image, args.pose_video))
     job.work = plan.forwards * sum(forward_flops(plan.denoiser, plan.tokens[-1], plan.video_tokens))
     if summary.rate is None:                                         # until one is done
         summary.rate = (estimate_seconds(plan) + other_seconds(plan, job.pipeline.checkpoint.configs["vae"], is_folder(job.out))) / job.work

@@ -166,13 +166,18 @@ def run_live(args, sample):
     """-> exit status"""
     pipe, stop.kept = None, "nothing was written"
     if args.out == "-":                                              # what is printed must not come between the bytes
+        if 1 in stop.closed:
+            raise ValueError("--out - wants standard output open, it is closed: name a file, or leave out >&-")
         pipe = os.dup(1)
         os.dup2(2, 1)
     else:
-        from media.video import SUFFIXES, check_output, is_folder
+        from media.video import SUFFIXES, check_not_read, check_output, is_folder
+        if os.path.isdir(args.out):
+            raise ValueError(f"--live wants a file for --out, got the folder {args.out}: name one in it, as {os.path.join(args.out, 'out.mp4')}")
         if (os.path.splitext(args.out)[1].lower() in SUFFIXES) == args.raw or is_folder(args.out):
             ends = f"a name that {'does not end' if args.raw else 'ends'} in {' or '.join(SUFFIXES)}"
             raise ValueError(f"--live {'--raw ' * args.raw}wants {ends} for --out, or - for a pipe, got {args.out}")
+        check_not_read(args.out, (args.audio, args.image, 0 if args.audio == "-" else None))
         if not args.raw:
             check_output(args.out)
     if args.fp8 is None and pick_device(args.device).type == "cpu":
@@ -226,9 +231,10 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                     writer.write(frames, under.below(frames.shape[1]))
                     stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
                 clock.wrote(frames.shape[1])
-    except (KeyboardInterrupt, Exception):
-        if writer.frames and pipe is None and os.path.exists(writer.file):
-            print(f"the {writer.frames} frames so far are kept as {writer.file}", file=sys.stderr)
+    except (KeyboardInterrupt, Exception) as error:
+        if writer.frames and pipe is None and os.path.exists(writer.file):           # of a disk that is full it does not hold all that were made
+            what = "what could be written is" if isinstance(error, OSError) else f"the {writer.frames} frames so far are"
+            print(f"{what} kept as {writer.file}", file=sys.stderr)
         raise
     print(f"speed    {clock}")
     print(f"wrote    {'the pipe' if pipe is not None else args.out}: {writer.frames} frames of {plan.width}x{plan.height}, "

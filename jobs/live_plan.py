@@ -84,6 +84,7 @@ class LivePlan:
     free: object
     fp8: bool                    # are the denoiser's large matrices float8?
     early: int                   # frames by which mouths lead the sound
+    notes: tuple = ()            # what is to be known about the picture
     line: Line = Line()          # the place of this process among those that make the stream
     each: tuple = ()             # bytes of memory of all of them, in line
 
@@ -98,6 +99,7 @@ class LivePlan:
         leads = f"; the mouth leads the sound by {self.early} frames, {1000 * self.early / self.fps:.0f} ms (--av-offset -{self.early} undoes it)"
         return "\n".join((
             f"sound    {sound}",
+            *self.notes,
             f"video    live: {self.width}x{self.height}, {length}, at {self.fps:g} fps, in blocks of {FRAMES}{leads * bool(self.early)}",
             f"sampler  Euler, {o.steps} steps, shift {o.shift:g} twice, no guidance, seed {o.seed}",
             f"weights  {size_table(self.sizes)}",
@@ -141,7 +143,7 @@ def make_plan(pipeline, args):
                        **{name: getattr(args, name) for name in names}).resolve(checkpoint)
     line = Line(args.world.rank, args.world.size) if args.world else Line()
     line.steps(config.steps)                                         # more processes than steps are refused
-    height, width, _ = frame_size(config, "s2v", checkpoint.configs["vae"].stride[1])
+    height, width, notes = frame_size(config, "s2v", checkpoint.configs["vae"].stride[1])
     speech, frames = None, math.inf
     if args.audio == "-":
         if args.start:
@@ -158,7 +160,7 @@ def make_plan(pipeline, args):
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
     plan = LivePlan(config, height, width, fps, window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
                     free_memory(pipeline.device, pipeline.vram), fp8,
-                    0 if "picture_db" in checkpoint.sampling else live.WARM_UP, line)        # of drawn faces: trained to be on time
+                    0 if "picture_db" in checkpoint.sampling else live.WARM_UP, notes, line)        # of drawn faces: trained to be on time
     plan = replace(plan, each=tuple(sum(memory_of(replace(plan, line=Line(rank, line.size)), checkpoint).values())
                                     for rank in (*range(1, line.size), 0)))
     return fitting(replace(plan, memory=memory_of(plan, checkpoint)), checkpoint), speech

@@ -17,6 +17,7 @@ GRACE = 8.0          # seconds from the first signal to the end, whatever is run
 number = 0           # of the first signal; 0: none came
 working = False      # set by a program that has begun its work: before it nothing is there to be kept
 finishing = False    # inside finish_first
+closed = []          # standard streams that were, by number
 abrupt = False       # a thread may be in a call into PyTorch: taken down with Python's end it would abort the process
 kept = "what was finished before the running step is kept, the same command goes on"           # said by a program that is ended where it stands
 
@@ -33,7 +34,7 @@ def status():
 def fill_closed():
     """A standard stream that was closed leads nowhere: else the next file opened got its number, and all that ffmpeg says."""
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
+        closed.append(spare)
     os.close(spare)
 
 

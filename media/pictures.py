@@ -29,7 +29,7 @@ def load_image(path):
     raises  ValueError (one line) if the file is missing, not a picture, damaged, under 16 pixels a side or over 67 megapixels
     """
     if not os.path.isfile(path):
-        raise ValueError(f"picture not found: {path}")
+        raise ValueError(f"wanted a picture file, got a pipe or a folder: {path}" if os.path.exists(path) else f"picture not found: {path}")
     Image.init()      # registers every format; without it only the common ones are known by name
     if importlib.util.find_spec("pillow_heif"):
         import pillow_heif

@@ -29,8 +29,8 @@ def warn(message):
 
 def check_source(path):
     """Refuse what no decoder needs to see: missing, a folder, unreadable, empty."""
-    if os.path.isdir(path):
-        raise ValueError(f"wanted an audio file, got the folder {path}: name one file in it")
+    if (folder := os.path.isdir(path)) or os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"wanted an audio file, got the {f'folder {path}: name one file in it' if folder else f'pipe {path}: save it first'}")
     try:
         with open(path, "rb") as f:
             if not f.read(1):

@@ -131,8 +131,17 @@ def is_folder(path):
     return str(path).endswith(("/", os.sep)) or os.path.isdir(path)
 
 
-def check_output(path, need=2**24):
-    """ValueError unless a video (or, for a folder, PNG frames) of about `need` bytes can be written. Call it before loading anything."""
+def check_not_read(path, inputs):
+    """ValueError if a file that is to be written is among those that are read: paths, numbers of open files, others that are passed over."""
+    for given in inputs:
+        if isinstance(given, (str, os.PathLike, int)) and os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
+            raise ValueError(f"cannot write {path}: it is {given or 'standard input'}, which is read meanwhile: choose another name")
+
+
+def check_output(path, need=2**24, inputs=()):
+    """ValueError unless a video (or, for a folder, PNG frames) of about `need` bytes can be written, in the place of none of the inputs. Call it before
+    loading anything."""
+    check_not_read(path, inputs)
     full = os.path.abspath(path)
     parent, folder = os.path.dirname(full), is_folder(path)
     if folder and os.path.isdir(full) and os.listdir(full) and not is_finished(full):

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 from ranks import forked
 from safetensors.torch import save_file
 
@@ -500,6 +501,44 @@ def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert sample.cli(["--live", "--size", "64x64", "--out", str(tmp_path / "a.mp4"), *given]) == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("given", [["--live"], ["--live", "--raw"], []])
+def test_what_is_read_is_not_written_over(given, tmp_path, capsys):
+    place = tmp_path / ("a" if given[-1:] == ["--raw"] else "a.mp4")
+    place.symlink_to(VOICE)
+    assert sample.cli(["--image", FACE, "--audio", VOICE, "--out", str(place), *given]) == 2
+    assert f"cannot write {place}: it is {VOICE}, which is read meanwhile" in capsys.readouterr().err and place.read_bytes() == Path(VOICE).read_bytes()
+
+
+def test_an_output_that_is_none(tmp_path, capsys, monkeypatch):
+    given = ["--live", "--image", FACE, "--audio", VOICE, "--out"]
+    assert sample.cli([*given, str(tmp_path)]) == 2 and "--live wants a file for --out, got the folder" in capsys.readouterr().err
+    monkeypatch.setattr(program.stop, "closed", [1])
+    assert sample.cli([*given, "-"]) == 2 and "--out - wants standard output open" in capsys.readouterr().err
+
+
+def test_a_full_disk(tmp_path, capsys, monkeypatch):
+    """How many frames it took is not known."""
+    def full(self, frames, samples=None):
+        if self.frames:
+            raise OSError(f"cannot write {self.path}: No space left on device")
+        write(self, frames, samples)
+    write = out.StreamWriter.write
+    monkeypatch.setattr(out.StreamWriter, "write", full)
+    monkeypatch.setattr(program, "expected", lambda *_: 25.0)
+    place = tmp_path / "a.mp4"
+    assert sample.cli(["--live", "--size", "64x64", "--image", FACE, "--audio", VOICE, "--duration", "1", "--out", str(place)]) == 2
+    errors = capsys.readouterr().err
+    assert f"what could be written is kept as {tmp_path / 'a.partial.mp4'}" in errors and "frames so far" not in errors
+
+
+def test_the_picture_is_spoken_of(tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (2000, 50)).save(tmp_path / "a.png")
+    monkeypatch.setattr(program, "stream", lambda *_: None)
+    monkeypatch.setattr(program, "expected", lambda *_: 25.0)
+    assert sample.cli(["--live", "--image", str(tmp_path / "a.png"), "--audio", VOICE, "--out", str(tmp_path / "a.mp4")]) == 0
+    assert "picture  2000x50, of which the middle 200x50 is seen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [["--fps", "16"], ["--raw"], ["--rings8"], ["--lora", "a"], ["--audio", "-"], ["--out", "-"]])

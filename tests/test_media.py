@@ -20,6 +20,7 @@ from media import ffmpeg, pictures, video
 from media.ffmpeg import frame_rate, probe, run
 from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
 from media.frames import load_pose, read_frames
+from media.sound import load_audio
 from media.video import VideoWriter, check_output
 
 FPS, SIZE, RATE = 16, (64, 96), 44100
@@ -409,6 +410,14 @@ def test_space_and_encoder_are_checked(tmp_path, monkeypatch):
             check_output(tmp_path / "a.mp4")
         with VideoWriter(f"{tmp_path}/{program[1:4]}/", SIZE, audio="any.wav") as out:      # PNG frames need no ffmpeg
             out.write(smooth(1))
+
+
+def test_pipes_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="wanted an audio file, got the pipe .*: save it first"):
+        load_audio(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="wanted a picture file, got a pipe or a folder"):
+        load_image(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("content, says", [

@@ -84,6 +84,8 @@ def test_the_benchmark_of_streams(capsys, small_vae):
     """Ways that ranks do not have are refused; on a CPU one is measured."""
     with pytest.raises(ValueError, match="--ways of --ranks are beside, rings8.beside, graphs.beside, rings8.graphs.beside, got graphs"):
         bench_live.main(bench_live.parser().parse_args(["--ranks", "2", "--ways", "graphs"]))
+    with pytest.raises(ValueError, match="--ways rings8,beside want a GPU: a CPU measures plain"):
+        bench_live.main(bench_live.parser().parse_args(["--device", "cpu", "--ways", "rings8,beside"]))
     bench_live.main(bench_live.parser().parse_args(["--device", "cpu", "--size", "64x64", "--steps", "1", "--window", "3", "--blocks", "1"]))
     said = capsys.readouterr().out
     assert json.loads(said.splitlines()[-1])["plain"]["frames_per_s"] > 0 and "frames/s" in said
