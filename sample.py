@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import fields
 
 START = time.perf_counter()
-if __name__ == "__main__":                                           # before torch: else freed memory is lost to larger tensors
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if __name__ == "__main__":      # before torch: else freed memory is lost to larger tensors, and threads that wait keep the cores from other programs
+    os.environ |= {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "GOMP_SPINCOUNT": "1000"} | os.environ
 import torch
 from tqdm import tqdm
 

@@ -34,6 +34,15 @@ def test_ctrl_c_during_imports_is_quiet(tmp_path, program):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
+@pytest.mark.parametrize("own", ({}, {"GOMP_SPINCOUNT": "5"}))
+def test_threads_that_wait_leave_the_cores_to_others(tmp_path, own):
+    """What the program sets is there before torch is, unless it was set already: two streams on two cores made 5 frames a second each, for 20."""
+    (tmp_path / "torch.py").write_text("import os\nprint(os.environ['GOMP_SPINCOUNT'])\nraise SystemExit\n")
+    env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | {"PYTHONPATH": str(tmp_path)} | own
+    done = subprocess.run([sys.executable, "sample.py"], cwd=HERE, env=env, capture_output=True, text=True)
+    assert done.stdout == own.get("GOMP_SPINCOUNT", "1000") + "\n", done.stderr
+
+
 def test_ctrl_c_during_the_work_is_quiet_and_closes_what_is_open(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("import fast.ctrl_c\nimport os, signal\n\n\ndef main():\n    try:\n        os.kill(os.getpid(), signal.SIGINT)\n    finally:\n"
