@@ -220,6 +220,7 @@ def work(world, args, program):
         raise ValueError(f"--live gives every process some of the steps of a block: leave out --parallel {args.parallel}")
     args.device = str(pick_device(args.device, world.local))
     args.world = world
+    stop.working = args.batch is not None                            # whose ranks need no connection; else see `connect`
     if world.rank == 0 or args.batch is not None or args.live:
         return program.main(args)
     pipeline = program.open_pipeline(args)
