@@ -41,13 +41,19 @@ def works(device):
 # ------------------------------------------------------------------------------------------------------------------ rows to float8
 
 @jit
-def quantize_row(x_ptr, y_ptr, scale_ptr, C: tl.constexpr, WIDTH: tl.constexpr):
-    """One row, held in registers: x (n, C) any float -> e4m3 (n, C), its scale (n,)"""
-    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    x = tl.load(x_ptr + row * C + channel, mask=channel < C, other=0).to(tl.float32)
+def store_float8(x, y_ptr, scale_ptr, row, channel, there, C: tl.constexpr):
+    """A row in registers, 0 where there is no channel -> e4m3 y (n, C), its scale (n,)"""
     scale = tl.maximum(tl.max(tl.abs(x), 0) / 448, 1.1754943508222875e-38)                # fp8.MAX, fp8.TINY
-    tl.store(y_ptr + row * C + channel, (x * (1 / scale)).to(tl.float8e4nv), mask=channel < C)       # nearest even; saturates, as fp8.cast does
+    tl.store(y_ptr + row * C + channel, (x * (1 / scale)).to(tl.float8e4nv), mask=there)             # nearest even; saturates, as fp8.cast does
     tl.store(scale_ptr + row, scale)
+
+
+@jit
+def quantize_row(x_ptr, y_ptr, scale_ptr, C: tl.constexpr, WIDTH: tl.constexpr):
+    """x (n, C) any float -> e4m3 (n, C), its scale (n,)"""
+    row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    there = channel < C
+    store_float8(tl.load(x_ptr + row * C + channel, mask=there, other=0).to(tl.float32), y_ptr, scale_ptr, row, channel, there, C)
 
 
 def quantize_rows(x):

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast import fp8, kernels
-from fast.kernels import jit, triton
+from fast.kernels import jit, store_float8, triton
 from model import attention
 
 if triton:
@@ -91,13 +91,6 @@ def product_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, r
 
 
 @jit
-def store_float8(y, y_ptr, scale_ptr, row, channel, there, C: tl.constexpr):
-    scale = tl.maximum(tl.max(tl.abs(y), 0) / 448, 1.1754943508222875e-38)                # fp8.MAX, fp8.TINY
-    tl.store(y_ptr + row * C + channel, (y * (1 / scale)).to(tl.float8e4nv), mask=there)             # nearest even; saturates
-    tl.store(scale_ptr + row, scale)
-
-
-@jit
 def normed_row(x_ptr, raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, gate_ptr, shift_ptr, scale_ptr, y_ptr, y_scale_ptr, eps,
                C: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PLUS: tl.constexpr):
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
@@ -148,7 +141,7 @@ def gelu_row(raw_ptr, stride, token_scale_ptr, channel_scale_ptr, bias_ptr, y_pt
     store_float8(tl.where(there, x, 0), y_ptr, y_scale_ptr, row, channel, there, C)
 
 
-def arguments(product, otherwise):
+def arguments(product, otherwise=None):
     """A product's, of a kernel; of None any tensor's, which the kernel does not touch."""
     if product is None:
         return otherwise, 0, otherwise, otherwise, otherwise
@@ -164,7 +157,8 @@ def rows8(n, C, device):
 def normed(x, shift, scale, eps, product=None, gate=None, plus=1.0):
     """x (1, n, C) float32; with a product x + gate * product takes its place -> its layer norm * (plus + scale) + shift, as `multiply` takes it"""
     if not x.is_cuda:
-        add(x, product, gate)
+        if product is not None:
+            add(x, product, gate)
         y = x - x.mean(-1, keepdim=True)
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * (plus + scale) + shift)[0], None
     n, C = x.shape[1:]
@@ -177,14 +171,12 @@ def normed(x, shift, scale, eps, product=None, gate=None, plus=1.0):
 
 def add(x, product, gate=None):
     """x + gate * product in the place of x (1, n, C)"""
-    if product is None:
-        return
     if not x.is_cuda:
         x += product.value() * (1 if gate is None else gate)
         return
     n, C = x.shape[1:]
     with torch.cuda.device(x.device):
-        normed_row[(n,)](x, *arguments(product, x), x if gate is None else gate, x, x, x, x, 0.0, C, triton.next_power_of_2(C), True,
+        normed_row[(n,)](x, *arguments(product), x if gate is None else gate, x, x, x, x, 0.0, C, triton.next_power_of_2(C), True,
                          gate is not None, False, 1.0)
 
 
@@ -203,7 +195,7 @@ def rotated(product, out, norm=None, rope=None):
     cos, sin = (product.token_scale,) * 2 if rope is None else rope
     weight, eps = (product.token_scale, 0.0) if norm is None else (norm.weight, norm.eps)
     with torch.cuda.device(out.device):
-        rotated_row[(n,)](*arguments(product, None), weight, cos, sin, out, eps, C, D // 2, rope is not None, norm is not None, True, num_warps=8)
+        rotated_row[(n,)](*arguments(product), weight, cos, sin, out, eps, C, D // 2, rope is not None, norm is not None, True, num_warps=8)
     return out
 
 
@@ -221,7 +213,7 @@ def gelu(product):
     n, C = product.raw.shape
     out = rows8(n, C, product.raw.device)
     with torch.cuda.device(product.raw.device):
-        gelu_row[(n,)](*arguments(product, None), *out, C, triton.next_power_of_2(C), num_warps=8)
+        gelu_row[(n,)](*arguments(product), *out, C, triton.next_power_of_2(C), num_warps=8)
     return out
 
 
@@ -236,25 +228,22 @@ def quantize(y):
 @torch.no_grad()
 def follows(kind, cfg, audio):
     """Do `project` and `finish` compute what those of this class of blocks do? Tried on a narrow one, on the CPU.  cfg, audio  as of Block"""
-    from fast.blocks import finish_in_place, one_thread, project_into    # which imports this file
-    g, n, K, D, reason = torch.Generator().manual_seed(0), 5, 2, 24, ""
+    g, n, K, D = torch.Generator().manual_seed(0), 5, 2, 24
 
     def randn(*shape):
         return torch.randn(shape, generator=g)
     try:
-        with torch.device("cpu"), one_thread():
+        with torch.device("cpu"):
             block = kind(replace(cfg, dim=K * D, ffn_dim=96, n_head=K), audio).float()
             for p in block.parameters():
                 p.copy_(randn(*p.shape) / (p[0].numel() if p.ndim > 1 else 1) ** 0.5)
-            x, mod, rope, text, found = randn(1, n, K * D), randn(6, 1, 1, K * D), randn(2, n, 1, D // 2), randn(2, 1, 7, K, D), []
-            for first, then in ((project, finish), (project_into, finish_in_place)):
-                y, parts = x.clone(), torch.empty(3, 1, n, K, D)
-                first(block, y, mod, rope, *parts)
-                then(block, y, attention(*parts), mod, text)
-                found.append(torch.cat([y.flatten(), parts.flatten()]))
-        gap = float((found[0] - found[1]).norm() / found[1].norm())
-        same = gap < 1e-4                                            # rounding gives 1e-7
-        reason = f"relative L2 {gap:.1e}"
+            x, mod, rope, text = randn(1, n, K * D), randn(6, 1, 1, K * D), randn(2, n, 1, D // 2), randn(2, 1, 7, K, D)
+            parts, mine, y = block.project(x, mod, rope), torch.empty(3, 1, n, K, D), x.clone()
+            project(block, y, mod, rope, *mine)
+            finish(block, y, attention(*mine), mod, text)
+            want = torch.stack([block.finish(x, attention(*parts), mod, text), *(part.flatten(2) for part in parts)])
+        gap = float((torch.stack([y, *mine.flatten(3)]) - want).norm() / want.norm())
+        same, reason = gap < 1e-4, f"relative L2 {gap:.1e}"          # rounding gives 1e-7
     except Exception as error:                                       # of a block that is built in another way
         same, reason = False, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     if not same:

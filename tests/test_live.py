@@ -511,6 +511,11 @@ def test_what_is_read_is_not_written_over(given, tmp_path, capsys):
     assert f"cannot write {place}: it is {VOICE}, which is read meanwhile" in capsys.readouterr().err and place.read_bytes() == Path(VOICE).read_bytes()
 
 
+def test_a_closed_stream_is_remembered():
+    program = "import os; os.close(1); from jobs import stop; stop.fill_closed(); os.write(2, str(stop.closed).encode())"
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, stdin=subprocess.DEVNULL).stderr == b"[1]"
+
+
 def test_an_output_that_is_none(tmp_path, capsys, monkeypatch):
     given = ["--live", "--image", FACE, "--audio", VOICE, "--out"]
     assert sample.cli([*given, str(tmp_path)]) == 2 and "--live wants a file for --out, got the folder" in capsys.readouterr().err

@@ -156,3 +156,17 @@ def test_ranks_that_are_told_to_end(here, failed, stops, monkeypatch):
     assert (world.store.check(["failed"]) and world.store.get("failed").decode()) == (failed or ("stopped" if stops else False))
     world.done.set()
     watch.join()
+
+
+def test_a_rank_that_cannot_be_interrupted_ends(monkeypatch):
+    """One that is stopped while it connects, in a call that no signal ends, which took 25 s."""
+    world, ends = ranks.World.__new__(ranks.World), []
+    world.rank, world.size, world.store, world.over, world.ending, world.done = 0, 1, dist.HashStore(), False, False, threading.Event()
+    world.store.set("failed", "stopped")
+    for where, name, stand_in in ((ranks, "BEAT", 0.01), (ranks.signal, "pthread_kill", lambda *_: None), (os, "_exit", ends.append),
+                                  (ranks.stop, "working", False)):
+        monkeypatch.setattr(where, name, stand_in)
+    watch = threading.Thread(target=world.watch, daemon=True)
+    watch.start()
+    watch.join(2)
+    assert ends == [130] and not watch.is_alive()
