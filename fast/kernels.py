@@ -41,10 +41,22 @@ def works(device):
 # ------------------------------------------------------------------------------------------------------------------ rows to float8
 
 @jit
-def store_float8(x, y_ptr, scale_ptr, row, channel, there, C: tl.constexpr):
-    """A row in registers, 0 where there is no channel -> e4m3 y (n, C), its scale (n,)"""
-    scale = tl.maximum(tl.max(tl.abs(x), 0) / 448, 1.1754943508222875e-38)                # fp8.MAX, fp8.TINY
+def float8_scale(top):
+    """Of a row whose largest magnitude this is."""
+    return tl.maximum(top / 448, 1.1754943508222875e-38)             # fp8.MAX, fp8.TINY
+
+
+@jit
+def store_float8(x, scale, y_ptr, row, channel, there, C: tl.constexpr):
+    """Channels of a row -> e4m3 y (n, C)"""
     tl.store(y_ptr + row * C + channel, (x * (1 / scale)).to(tl.float8e4nv), mask=there)             # nearest even; saturates, as fp8.cast does
+
+
+@jit
+def store_float8_row(x, y_ptr, scale_ptr, row, channel, there, C: tl.constexpr):
+    """A row in registers, 0 where there is no channel -> e4m3 y (n, C), its scale (n,)"""
+    scale = float8_scale(tl.max(tl.abs(x), 0))
+    store_float8(x, scale, y_ptr, row, channel, there, C)
     tl.store(scale_ptr + row, scale)
 
 
@@ -53,7 +65,7 @@ def quantize_row(x_ptr, y_ptr, scale_ptr, C: tl.constexpr, WIDTH: tl.constexpr):
     """x (n, C) any float -> e4m3 (n, C), its scale (n,)"""
     row, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     there = channel < C
-    store_float8(tl.load(x_ptr + row * C + channel, mask=there, other=0).to(tl.float32), y_ptr, scale_ptr, row, channel, there, C)
+    store_float8_row(tl.load(x_ptr + row * C + channel, mask=there, other=0).to(tl.float32), y_ptr, scale_ptr, row, channel, there, C)
 
 
 def quantize_rows(x):
@@ -70,17 +82,17 @@ def quantize_rows(x):
 @jit
 def attend_more(q_ptr, k_ptr, v_ptr, y_ptr, sum_ptr, scale, n, N, first, C, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """ROWS queries of one head: attention y (n, C) to the keys before `first` -> to all N keys, in the place of q (n, C). k, v (N, C)"""
-    token, head, key = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1), first + tl.arange(0, KEYS)
+    head, token, key = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS), first + tl.arange(0, KEYS)
     column = head * D + tl.arange(0, D)[None, :]
     place, inside = token[:, None].to(tl.int64) * C + column, token[:, None] < n
     there, known = key[:, None].to(tl.int64) * C + column, key[:, None] < N
     q, y = tl.load(q_ptr + place, mask=inside, other=0), tl.load(y_ptr + place, mask=inside, other=0)
     k, v = tl.load(k_ptr + there, mask=known, other=0), tl.load(v_ptr + there, mask=known, other=0)
-    score = tl.where(key[None, :] < N, tl.dot(q, tl.trans(k)) * scale, float("-inf"))                # (ROWS, KEYS)
-    before = tl.load(sum_ptr + head * n + token, mask=token < n, other=0)
+    score = tl.where(key[None, :] < N, tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634), float("-inf"))         # (ROWS, KEYS), powers of two
+    before = tl.load(sum_ptr + head * n + token, mask=token < n, other=0) * 1.4426950408889634
     top = tl.maximum(before, tl.max(score, 1))
-    p, old = tl.exp(score - top[:, None]), tl.exp(before - top)
-    y = (y * old[:, None] + tl.dot(p.to(v.dtype), v)) / (old + tl.sum(p, 1))[:, None]
+    p, old = tl.exp2(score - top[:, None]), tl.exp2(before - top)
+    y = (y * old[:, None] + tl.dot(p.to(v.dtype), v)) * (1 / (old + tl.sum(p, 1)))[:, None]
     tl.debug_barrier()                                               # all threads have read q before the first writes there
     tl.store(q_ptr + place, y.to(q_ptr.dtype.element_ty), mask=inside)
 
@@ -95,4 +107,4 @@ def attend_last(q, k, v, y, sums, first):
     (_, n, K, D), N = q.shape, k.shape[1]
     with torch.cuda.device(q.device):
         for item in zip(q, *(x.contiguous() for x in (k, v, y, sums))):
-            attend_more[triton.cdiv(n, 64), K](*item, D ** -0.5, n, N, first, K * D, D, 64, max(16, triton.next_power_of_2(N - first)))
+            attend_more[K, triton.cdiv(n, 64)](*item, D ** -0.5, n, N, first, K * D, D, 64, max(16, triton.next_power_of_2(N - first)))

@@ -183,7 +183,8 @@ def test_kernels_in_the_interpreter(gate, normed, rotated):
     a, gate = randn(1, n, C), randn(1, 1, C) if gate else None
     b, out, want = a.clone(), torch.empty(1, n, K, D, dtype=torch.bfloat16), torch.empty(1, n, K, D)
     rows.add(a, p, gate)
-    rows.normed_row[(n,)](b, *rows.arguments(p, b), b if gate is None else gate, b, b, b, b, 0.0, C, 512, True, gate is not None, False, 1.0)
+    rows.normed_row[(n,)](b, *rows.arguments(p, b), b if gate is None else gate, b, b, b, b, 0.0, C, *rows.in_two(C), True, gate is not None,
+                          False, 1.0)
     assert gap(b, a) < 1e-6
     with torch.no_grad():
         rows.rotated(p, want, norm if normed else None, rope)
