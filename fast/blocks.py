@@ -7,7 +7,8 @@ token chunks   Everything but `attend` works token by token, so it runs on 8192 
 in place       A block's result takes the place of its input x, attention's result that of the queries: 1.5 and 0.8 GiB at 1280x704.
 compiled       Norm, modulation, RoPE, cast, gate and GELU fuse to one pass over memory each: a bf16 forward at 832x480 takes 3.16 s instead
                of 3.55 s (H200). RoPE and GELU are written in forms that the compiler turns into faster kernels.
-rows           In float8 on an NVIDIA GPU `project` and `finish` are those of rows.py in place of compiled ones.
+rows           In float8 on an NVIDIA GPU `project` and `finish` are those of rows.py in place of compiled ones, and text attention is
+               that of padding.py.
 attention      cuDNN's kernel is 1.6 times as fast as flash attention on Hopper; it works on 256 queries and KEYS keys at a time, and keys
                left over make it 8% slower, so they are attended to afterwards (kernels.py).
 
@@ -20,14 +21,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fast import kernels, offload, rows
+from fast import kernels, offload, padding, rows
 from model import Rotary, attention, unpatchify
 
 QUERIES = 66 * 256           # attended to at once: with 40 heads they fill the 132 processors of an H200 20 times, without a rest
@@ -161,7 +162,7 @@ class FastDenoiser:
     """
 
     def __init__(self, net, chunk=None, attend=attend, compile=False, host_layers=False):
-        self.net, self.chunk, self.attend, self.host_layers = net, chunk, attend, host_layers
+        self.net, self.chunk, self.attend, self.host_layers, self.trims = net, chunk, attend, host_layers, compile
         run = compiled if compile else lambda function: function
         self.project, self.finish, self.audio_cross_attention = run(project_into), run(finish_in_place), run(audio_in_place)
         self.serves = (lambda block, x: rows.serves(block, x, net.cfg)) if compile else lambda block, x: False
@@ -170,8 +171,10 @@ class FastDenoiser:
 
     @torch.no_grad()
     def prepare(self, **arguments):
-        """As Denoiser.prepare -> Cond"""
+        """As Denoiser.prepare -> Cond, which no plain Denoiser can read: compiled, one key of text stands for all padding"""
         cond = self.net.prepare(**arguments)
+        if self.trims:
+            cond = padding.trim(cond, arguments["text"].shape[1])
         return replace(cond, layers=offload.HostLayers(cond.layers)) if self.host_layers else cond
 
     @torch.no_grad()
@@ -205,10 +208,14 @@ class FastDenoiser:
 
     def block(self, block, x, mod, cond, layer, chunks, frames, attend):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
-        (text, audio, adain), parts = cond.layers[layer], rows if self.serves(block, x) else self
-        y = self.self_attention(parts.project, block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
+        (text, audio, adain), pads = cond.layers[layer], padding.pads_of(cond)
+        if self.serves(block, x):
+            project, finish = rows.project, partial(rows.finish, pads=pads)
+        else:
+            project, finish, text = self.project, self.finish, padding.whole(text, pads)
+        y = self.self_attention(project, block, x, mod, cond.rope, layer, chunks, text.dtype, attend)
         for a, b, r in chunks:
-            parts.finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
+            finish(block, x[:, a:b], y[:, a:b], mod[:, :, r:r + 1], text)
         del y
         if block.inject is not None:
             self.audio_layer(block, x, audio, adain, frames)

@@ -149,9 +149,9 @@ def cut(cond, index, runs):
     layers = tuple(layer if layer.audio is None else LayerCond(layer.text, layer.audio[:, :, first:last].clone(), layer.adain[:, :, first:last])
                    for layer in cond.layers)
     bias = cond.video_bias if cond.video_bias is None or cond.video_bias.ndim == 2 else cond.video_bias[:, first * hw:last * hw].clone()
-    mine = Cond(grid=(last - first, h, w), segments=tuple(Segment(n, row) for n, row in shares if n), rope=cond.rope[:, a:b].clone(), layers=layers,
-                image=None if cond.image is None else cond.image[:, :, first:last].clone(), video_bias=bias,
-                context=None if cond.context is None else cond.context[:, max(0, a - L):max(0, b - L)].clone())
+    mine = replace(cond, grid=(last - first, h, w), segments=tuple(Segment(n, row) for n, row in shares if n), rope=cond.rope[:, a:b].clone(),
+                   layers=layers, image=None if cond.image is None else cond.image[:, :, first:last].clone(), video_bias=bias,
+                   context=None if cond.context is None else cond.context[:, max(0, a - L):max(0, b - L)].clone())
     lengths, video = (tuple(max(0, min(stop, end) - min(start, end)) for start, stop in pairwise(edges)) for end in (N, L))
     return Run(mine, slice(first, last), min(a, L) - first * hw, lengths, video, cond.grid)
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fast import fp8, kernels
+from fast import fp8, kernels, padding
 from fast.kernels import float8_scale, jit, store_float8, store_float8_row, triton
 from model import attention
 
@@ -265,8 +265,8 @@ def follows(kind, cfg, audio):
             x, mod, rope, text = randn(1, n, K * D), randn(6, 1, 1, K * D), randn(2, n, 1, D // 2), randn(2, 1, 7, K, D)
             parts, mine, y = block.project(x, mod, rope), torch.empty(3, 1, n, K, D), x.clone()
             project(block, y, mod, rope, *mine)
-            finish(block, y, attention(*mine), mod, text)
-            want = torch.stack([block.finish(x, attention(*parts), mod, text), *(part.flatten(2) for part in parts)])
+            finish(block, y, attention(*mine), mod, text, 3)
+            want = torch.stack([block.finish(x, attention(*parts), mod, padding.whole(text, 3)), *(part.flatten(2) for part in parts)])
         gap = float((torch.stack([y, *mine.flatten(3)]) - want).norm() / want.norm())
         same, reason = gap < 1e-4, f"relative L2 {gap:.1e}"          # rounding gives 1e-7
     except Exception as error:                                       # of a block that is built in another way
@@ -310,13 +310,13 @@ def project(block, x, mod, rope, q, k, v):
         rotated(product, out, norm, None if norm is None else rope)
 
 
-def finish(block, x, y, mod, text):
-    """Block.finish in place of x (1, n, C), y (1, n, C) from attention"""
+def finish(block, x, y, mod, text, pads):
+    """Block.finish in place of x (1, n, C), y (1, n, C) from attention.  pads  keys that the last one of text stands for"""
     cross, norm, (gate1, shift2, scale2, gate2) = block.cross_attn, block.cross_norm, mod[2:]
     product, = multiply(*quantize(y), block.self_attn.o)
     product, = multiply(*normed(x, norm.bias.float(), norm.weight.float(), norm.eps, product, gate1, plus=0.0), cross.q)
     q = rotated(product, cross.split(torch.empty_like(x, dtype=text.dtype)), cross.norm_q)
-    product, = multiply(*quantize(attention(q, *text)), cross.o)
+    product, = multiply(*quantize(padding.attend(q, text, pads)), cross.o)
     product, = multiply(*normed(x, shift2, scale2, block.eps, product), block.ffn[0])
     product, = multiply(*gelu(product), block.ffn[2])
     add(x, product, gate2)

@@ -33,7 +33,7 @@ def options(parser):
     g.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merged into the denoiser while it is loaded (with "
                    "--live); a strength that the file does not name is said (default: live.safetensors in the checkpoint's folder or in that of the "
                    "same name and -live, if there is one)")
-    g.add_argument("--rings8", action="store_true", help="remember keys and values in 8 bits: half the memory, 10%% faster, off by 3.9%% of each "
+    g.add_argument("--rings8", action="store_true", help="remember keys and values in 8 bits: half the memory, 9%% faster, off by 3.9%% of each "
                    "attention output on random inputs (GPUs with 8-bit tensor cores; default: off)")
     g.add_argument("--fps", type=float, help=f"of a stream, 1 to 60: the LoRA was trained for {live.FPS} (default: {live.FPS})")
     g.add_argument("--window", type=int, help="latent frames that a block sees, itself included: a multiple of 3 (default: "

@@ -28,6 +28,7 @@ from fast.attention8 import attention8
 from fast.bench_ranks import Simulated
 from fast.fp8 import quantized
 from fast.offload import stream
+from fast.padding import trim
 from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut, sent_bytes
 from fast.plan import MemoryPlan, RunConfig, plan_memory
 from fast.plan_text import ranks_text
@@ -144,6 +145,7 @@ def test_runs_cover_every_token_once():
         N, hw = sum(n for n, _ in cond.segments), cond.grid[1] * cond.grid[2]
         for runs in (1, 2, 3, 5, 7, 12, N):
             parts = [cut(cond, i, runs) for i in range(runs)]
+            assert cut(trim(cond, given["text"].shape[1]), 0, runs).cond.pads == net.cfg.text_len - given["text"].shape[1]
             assert torch.equal(torch.cat([part.cond.rope for part in parts], dim=1), cond.rope) and sum(parts[0].lengths) == N
             assert max(parts[0].lengths) - min(parts[0].lengths) <= 1 and sum(parts[0].video) == cond.grid[0] * hw
             rows = [row for part in parts for n, row in part.cond.segments for _ in range(n)]

@@ -1,4 +1,5 @@
 """fast/rows.py computes what model.py's block computes, or does not run.  python -m pytest -s tests/test_rows.py"""
+import math
 import os
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from test_model import VARIANTS, small_clip, small_net
 
 import live
 import model
-from fast import blocks, kernels, rows
+from fast import blocks, kernels, padding, rows
 from fast.blocks import FastDenoiser
 from fast.fp8 import FP8Linear
 from fast.rings import GPURing
@@ -18,15 +19,15 @@ from model import Block, Config, RMSNorm
 
 
 @pytest.mark.parametrize("task, extra", VARIANTS)
-@pytest.mark.parametrize("chunk", [None, 7])
-def test_a_denoiser_of_rows_is_the_plain_one(task, extra, chunk, monkeypatch):
-    """In PyTorch, in float32; tests/gpu compares the kernels with that."""
+@pytest.mark.parametrize("chunk, trims", [(None, False), (7, True)])
+def test_a_denoiser_of_rows_is_the_plain_one(task, extra, chunk, trims, monkeypatch):
+    """With all of a prompt's padding, and with one key for it; in PyTorch, in float32; tests/gpu compares the kernels with that."""
     ran, finish = [], rows.finish
-    monkeypatch.setattr(rows, "finish", lambda *given: ran.append(given[0]) or finish(*given))
+    monkeypatch.setattr(rows, "finish", lambda *given, **more: ran.append(given[0]) or finish(*given, **more))
     net = small_net(task)
     latents, t, arguments = small_clip(net, **extra)
     fast = FastDenoiser(net, chunk=chunk)
-    fast.serves, want = lambda block, x: True, net(latents, t, net.prepare(**arguments))
+    fast.serves, fast.trims, want = lambda block, x: True, trims, net(latents, t, net.prepare(**arguments))
     relative = gap(fast(latents, t, fast.prepare(**arguments)), want)
     print(f"{task} {extra} chunks of {chunk}: relative L2 {relative:.1e}")
     assert relative < 2e-6 and {id(block) for block in ran} == {id(block) for block in net.blocks}
@@ -164,6 +165,72 @@ def test_an_8_bit_ring_takes_nothing_of_a_plain_one():
     assert {name for name, value in vars(live.Ring).items() if callable(value)} - set(vars(Ring8)) == {"at"}
 
 
+class Placed(model.Denoiser):
+    """Text tokens know their place."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.place = torch.nn.Parameter(0.1 * torch.randn(cfg.text_len, cfg.dim))
+        self.text.register_forward_hook(lambda module, given, out: out + self.place)
+
+
+class Unpadded(model.Denoiser):
+    """A prompt's own tokens alone."""
+
+    def prepare(self, text, **others):
+        cond = super().prepare(text=text, **others)
+        return replace(cond, layers=tuple(layer._replace(text=layer.text[:, :, :text.shape[1]]) for layer in cond.layers))
+
+
+class Longer(model.Denoiser):
+    """Keys of another kind behind the prompt's."""
+
+    def prepare(self, **given):
+        cond = super().prepare(**given)
+        return replace(cond, layers=tuple(layer._replace(text=torch.cat([layer.text, layer.text[:, :, :2]], dim=2)) for layer in cond.layers))
+
+
+@pytest.mark.parametrize("kind", [model.Denoiser, Placed, Unpadded, Longer])
+def test_one_key_for_the_padding_where_it_is_alike(kind):
+    """Of a fork's as of ours; what is computed is the same either way, and a compiled denoiser alone trims."""
+    torch.manual_seed(0)
+    net = kind(small_net("t2v").cfg).eval().requires_grad_(False)
+    latents, t, arguments = small_clip(net)
+    words, all_keys = arguments["text"].shape[1], net.cfg.text_len
+    blocks.verify(kind, net.cfg)
+    fast, want = FastDenoiser(net), net.prepare(**arguments)
+    assert not FastDenoiser(net).trims and FastDenoiser(net, compile=True).trims and words + 2 < all_keys
+    assert fast.prepare(**arguments).layers[0].text.shape == want.layers[0].text.shape
+    fast.trims = True
+    cond = fast.prepare(**arguments)
+    for layer, plain in zip(cond.layers, want.layers):
+        assert layer.text.shape[2] == (words + 1 if kind is model.Denoiser else plain.text.shape[2])
+        assert layer.text.untyped_storage().nbytes() == layer.text.nbytes or kind is not model.Denoiser
+        assert torch.equal(padding.whole(layer.text, padding.pads_of(cond)), plain.text)
+    assert gap(fast(latents, t, cond), net(latents, t, want)) < 2e-6
+
+
+@pytest.mark.parametrize("S, words, trimmed", [(300, 0, True), (300, 255, True), (300, 256, False), (20, 18, True), (20, 19, False), (20, 20, False)])
+def test_a_long_prompt_keeps_its_padding(S, words, trimmed):
+    """cuDNN is faster then, and where there is none there is nothing to trim."""
+    text = torch.randn(2, 1, S, 1, 4)
+    text[:, :, words:] = text[:, :, -1:]
+    cond = model.Cond((1, 1, 1), (), None, (model.LayerCond(text), model.LayerCond(2 * text)))
+    found = padding.trim(cond, words)
+    assert (found is not cond) is trimmed and padding.pads_of(cond) == 1
+    if trimmed:
+        assert found.pads == S - words and found.grid == cond.grid and [layer.text.shape[2] for layer in found.layers] == [words + 1] * 2
+
+
+@pytest.mark.parametrize("place", [5, 12, 19])
+def test_padding_that_differs_in_one_row_of_one_layer_is_kept(place):
+    texts = torch.randn(3, 2, 1, 20, 1, 4)
+    texts[:, :, :, 5:] = texts[:, :, :, -1:]
+    assert padding.trim(cond := model.Cond((1, 1, 1), (), None, tuple(map(model.LayerCond, texts))), 5) is not cond
+    texts[1, 0, :, place] *= 1.1
+    assert padding.trim(cond, 5) is cond
+
+
 # -------------------------------------------------- the kernels in Triton's interpreter: TRITON_INTERPRET=1, whose bf16 is off by 0.4%
 
 INTERPRETED = kernels.triton and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1"
@@ -191,3 +258,13 @@ def test_kernels_in_the_interpreter(gate, normed, rotated):
     cos, sin = (p.token_scale,) * 2 if rope is None else rope
     rows.rotated_row[(n,)](*rows.arguments(p, None), norm.weight.detach(), cos, sin, out, norm.eps, C, D // 2, rotated, normed, True)
     assert gap(out, want) < 8e-3
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton, TRITON_INTERPRET=1 and no GPU")
+@pytest.mark.parametrize("words", [0, 3, 70])
+def test_one_key_for_all_the_padding_in_the_interpreter(words):
+    g, n, K, D, pads = torch.Generator().manual_seed(0), 70, 2, 64, 130 - words
+    q, few = torch.randn(1, n, K, D, generator=g), torch.randn(2, 1, words + 1, K, D, generator=g)
+    y = torch.empty_like(q)
+    padding.attend_row[K, 2](q, *few, y, math.log2(math.e) / D ** 0.5, math.log2(pads), n, words + 1, K * D, D, 64, 64)
+    assert gap(y.flatten(2), padding.attend(q.double(), few.double(), pads)) < 1e-6

@@ -253,6 +253,7 @@ def test_compiled_once_for_all_blocks():
     served = fp8.multiplies_fp8(torch.device("cuda")) and kernels.works(torch.device("cuda"))
     print(f"\n{graphs} graphs compiled for {BIG.n_layer} blocks, three times")
     assert all(torch.equal(a, b) for i in range(2) for later in results[2 + i::2] for a, b in zip(results[i], later))
+    assert [cond.pads for cond in conds] == [BIG.text_len - 5, BIG.text_len - 9]         # whose prompts have 5 and 9 tokens, see clip
     assert graphs == (1 if served else 3)
 
 

@@ -1,11 +1,12 @@
 """The kernels between a float8 block's products, against the same in PyTorch.  pytest -s tests/gpu/test_row_kernels.py"""
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 
-from fast import rows
+from fast import padding, rows
 from fast.blocks import finish_in_place, project_into
 from fast.fp8 import E4M3, FP8Linear, dequantize, multiplies_fp8, quantize, quantize_weight, relative_error, to_fp8
 from model import Block, Config, RMSNorm, attention
@@ -45,6 +46,7 @@ def compare(name, got, want, tolerance):
 @torch.no_grad()
 @pytest.mark.parametrize("given", ("norm", "gate", "affine", "add"))
 def test_norms(given):
+    C = 336                                                          # 256 and 80 of 128 channels
     x, shift, scale, gate = randn(1, N, C), *(randn(1, 1, C, seed=i) for i in range(3))
     more = dict(norm=(), gate=(product(C, 3), gate), affine=(product(C), None, 0.0), add=(product(C), gate))[given]
     theirs = x.cpu()
@@ -106,6 +108,19 @@ def test_a_block(together):
         finish(block, y, attention(*parts), mod, text.to(dtype))
         return torch.cat([y.flatten(), parts.float().flatten()])
     want = run(block, project_into, finish_in_place, torch.float32)
-    theirs, mine = (relative_error(run(fast, *how, torch.bfloat16), want) for how in ((project_into, finish_in_place), (rows.project, rows.finish)))
+    theirs, mine = (relative_error(run(fast, *how, torch.bfloat16), want) for how in ((project_into, finish_in_place),
+                                                                                         (rows.project, partial(rows.finish, pads=1))))
     print(f"\na float8 block: {mine:.3%} off, by model.py {theirs:.3%}")
     assert mine < 1.1 * theirs < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [0, 5, 63, 64, 130, 250, 400, 511])
+def test_one_key_for_all_the_padding_of_a_prompt(words):
+    q, text = randn(1, N, K, D).bfloat16(), randn(2, 1, 512, K, D, seed=1).bfloat16()
+    text[:, :, words:] = text[:, :, -1:]
+    text[0, :, -1] += q[0, :, :].mean(0) * (words % 2)               # a key that matters more
+    text[:, :, words:] = text[:, :, -1:]
+    few, pads = text[:, :, :words + 1].clone(), 512 - words
+    want = attention(q.float().cpu(), *text.float().cpu())
+    compare(f"text attention to {words + 1} keys", padding.attend(q, few, pads).float(), want, 5e-3)
