@@ -1,6 +1,6 @@
 """fast/rows.py computes what model.py's block computes, or does not run.  python -m pytest -s tests/test_rows.py"""
-import math
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -260,11 +260,16 @@ def test_kernels_in_the_interpreter(gate, normed, rotated):
     assert gap(out, want) < 8e-3
 
 
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton, TRITON_INTERPRET=1 and no GPU")
-@pytest.mark.parametrize("words", [0, 3, 70])
-def test_one_key_for_all_the_padding_in_the_interpreter(words):
-    g, n, K, D, pads = torch.Generator().manual_seed(0), 70, 2, 64, 130 - words
-    q, few = torch.randn(1, n, K, D, generator=g), torch.randn(2, 1, words + 1, K, D, generator=g)
-    y = torch.empty_like(q)
-    padding.attend_row[K, 2](q, *few, y, math.log2(math.e) / D ** 0.5, math.log2(pads), n, words + 1, K * D, D, 64, 64)
-    assert gap(y.flatten(2), padding.attend(q.double(), few.double(), pads)) < 1e-6
+@pytest.mark.parametrize("words", [0, 3, 63, 64, 255])
+def test_one_key_for_all_the_padding_in_the_interpreter(words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    g = torch.Generator().manual_seed(0)
+    q, text = torch.randn(1, 70, 2, 64, generator=g), torch.randn(2, 1, 300, 2, 64, generator=g)
+    text[:, :, words:] = text[:, :, -1:]
+    cond = padding.trim(model.Cond((1, 1, 1), (), None, (model.LayerCond(text),)), words)
+    assert gap(padding.attend(q.as_subclass(OnGPU), cond.layers[0].text, cond.pads), model.attention(q.double(), *text.double())) < 1e-6
