@@ -191,12 +191,13 @@ class Longer(model.Denoiser):
 
 
 @pytest.mark.parametrize("kind", [model.Denoiser, Placed, Unpadded, Longer])
-def test_one_key_for_the_padding_where_it_is_alike(kind):
+def test_one_key_for_the_padding_where_it_is_alike(kind, monkeypatch):
     """Of a fork's as of ours; what is computed is the same either way, and a compiled denoiser alone trims."""
     torch.manual_seed(0)
     net = kind(small_net("t2v").cfg).eval().requires_grad_(False)
     latents, t, arguments = small_clip(net)
     words, all_keys = arguments["text"].shape[1], net.cfg.text_len
+    monkeypatch.setattr(blocks, "compiled", lambda function: function)                   # whose import takes seconds
     blocks.verify(kind, net.cfg)
     fast, want = FastDenoiser(net), net.prepare(**arguments)
     assert not FastDenoiser(net).trims and FastDenoiser(net, compile=True).trims and words + 2 < all_keys
