@@ -199,7 +199,7 @@ def counted(path):
     from media.mp3 import holes                                      # here: importing `sample` does not need it
     (found, samples, tagged), jumps, gone = holes(path), "", 0
     if found:
-        from media.sound import announced
+        from media.lengths import announced
         tick, packets = framecrc(path, "-c", "copy", kind="a")
         rate, room = int(streams(path)["audio"]["sample_rate"]), sum(frames for _, frames in found)
         skipped = round(-min(0, packets[0][1]) * tick * rate)        # of the first frame, as its encoder says

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from fast.plan import RunConfig
-from media.sound import announced, check_source
+from media.lengths import announced
+from media.sound import check_source
 
 LONGEST = 12 * 3600  # seconds of sound that become a video without more ado
 SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}      # nothing is lost

@@ -1,6 +1,8 @@
-"""Where an MP3 file is damaged. Its frames have no timestamps: to every decoder what follows lost frames moves up, in the file it stands behind them.
+"""Where an MP3 file is damaged, and how long it was.
 
-Source  ISO 11172-3 and 13818-3: the 4 bytes that begin a frame
+Its frames have no timestamps: to every decoder what follows lost frames moves up, in the file it stands behind them.
+
+Source  ISO 11172-3 and 13818-3: the 4 bytes that begin a frame; the Info tag as LAME writes it
 """
 from pathlib import Path
 
@@ -46,7 +48,7 @@ def holes(path):
                 samples, before = held, before + held
             at += now
         elif data[at:at + 3] == b"ID3":
-            at += 10 + sum((byte & 127) << shift for byte, shift in zip(data[at + 6:at + 10], (21, 14, 7, 0)))
+            at = after_id3(data, at)
         else:
             again = next((later for later in sync(data, at + 1) if whole(later)[0]), len(data))
             lost = round((again - at) * len(whole_bytes) / sum(whole_bytes)) if whole_bytes and again < len(data) else 0
@@ -55,6 +57,27 @@ def holes(path):
                 before += lost * samples
             at = again
     return found, samples, tagged
+
+
+def tagged(path):
+    """Seconds of sound that the Info or Xing tag of an MP3 file promises, without what its encoder put before and behind it; 0 without a tag."""
+    with open(path, "rb") as file:
+        data = file.read(10)
+        file.seek(after_id3(data, 0) if data[:3] == b"ID3" else 0)
+        data = file.read(1 << 12)
+    at = next((at for at in sync(data, 0) if frame(data, at)[0]), len(data))
+    data, (_, samples) = data[at:], frame(data, at)
+    tag = max(data[:60].find(b"Info"), data[:60].find(b"Xing"))
+    if tag < 0 or not (flags := data[tag + 7]) & 1:                  # it may hold the number of bytes alone
+        return 0
+    fields = tag + 12 + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1)         # behind frames, bytes, places, quality
+    around = int.from_bytes(data[fields + 21:fields + 24], "big")    # two numbers of 12 bits, behind the encoder's name
+    total = int.from_bytes(data[tag + 8:tag + 12], "big") * samples - (around >> 12) - (around & 4095)
+    return max(total, 0) / RATES[data[1] >> 3 & 3][data[2] >> 2 & 3]
+
+
+def after_id3(data, at):
+    return at + 10 + sum((byte & 127) << shift for byte, shift in zip(data[at + 6:at + 10], (21, 14, 7, 0)))
 
 
 def sync(data, at):

@@ -39,29 +39,6 @@ def check_source(path):
         raise ValueError(f"cannot read the audio file {path} ({e.strerror}): check the path and its permissions") from None
 
 
-def held_share(path):
-    """How much of the sound chunk that its header promises a wav or aiff file holds, up to 1; 1 for other formats."""
-    with open(path, "rb") as f:
-        order = {b"RIFF": "<", b"FORM": ">"}.get(f.read(12)[:4])
-        while order and len(head := f.read(8)) == 8:
-            name, size = struct.unpack(f"{order}4sI", head)
-            if name in (b"data", b"SSND"):
-                held = os.path.getsize(path) - f.tell()
-                return min(held / size, 1) if 0 < size < 0x7FFF0000 else 1      # programs that write to a pipe leave 0 or a huge size
-            f.seek(size + size % 2, os.SEEK_CUR)
-    return 1
-
-
-def announced(path):
-    """Seconds that the header of a file promises, as libsndfile reads it, and whether they are no guess (mp3 may not say); 0 if it cannot."""
-    try:
-        with open(path, "rb") as f, soundfile.SoundFile(f) as file:      # opened here, so that libsndfile goes by the content, not by the name
-            frames = file.frames if file.frames < 2**40 else 0           # flac written to a pipe says 2**63
-            return frames / (held_share(path) or 1) / file.samplerate, file.format != "MP3"
-    except (soundfile.LibsndfileError, TypeError):                       # TypeError: a name ending in .raw
-        return 0, False
-
-
 def silence_put_in(path, seconds):
     """How much of the decoded `seconds` stands for packets that are missing or damaged."""
     try:
@@ -142,6 +119,7 @@ class Recording:
 
 def examine(path, say=lambda message: None):
     """Decode the whole of a sound -> Recording.  say: is given one line for each thing that is wrong with it"""
+    from media.lengths import announced, tagged                      # here: importing `sample` does not need them
     check_source(path)
     rate, total, power, sums, peak, complaints = RATE, 0, np.zeros(1), 0.0, 0.0, []
     for rate, block in decode(path, complaints):
@@ -158,7 +136,7 @@ def examine(path, say=lambda message: None):
         channel = int(power.argmax())
         say(f"the {len(power)} channels of {path} cancel each other: channel {channel + 1} alone is used")
     short = wanted - seconds > 0.01 * wanted
-    if certain and short and total >= MIN_SAMPLES * rate / RATE:
+    if certain and short and total >= MIN_SAMPLES * rate / RATE and not (complaints and tagged(path)):           # an mp3 may lack frames anywhere
         say(f"{path} announces {wanted:.2f} s but breaks off after {seconds:.2f} s: using those")
     elif complaints and total:
         lost = wanted - seconds if short else silence_put_in(path, seconds)

@@ -26,7 +26,7 @@ from formats.checkpoints import open_checkpoint, open_safetensors, read_json
 from media.ffmpeg import run
 from media.frames import load_pose
 from media.given import check_length
-from media.sound import announced
+from media.lengths import announced
 from media.terminal import Printed, shown
 from media.video import open_writer
 from kill_runs import quick

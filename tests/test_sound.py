@@ -11,7 +11,8 @@ import soxr
 import torch
 
 from media.ffmpeg import ffmpeg_command, run
-from media.sound import load_audio
+from media.lengths import announced, tagged
+from media.sound import examine, load_audio
 from media.video import VideoWriter
 
 
@@ -117,6 +118,22 @@ def test_damaged_files_are_used_with_a_warning(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("warning: ") and error.count("\n") == 1 and words in error
         assert 16000 < len(got) < 45000 and (name == "a.m4a" or torch.equal(got, whole[:len(got)]))
+
+
+@pytest.mark.parametrize("options", [["-b:a", "96k"], ["-q:a", "3", "-ac", "2", "-metadata", "title=x"], ["-ar", "22050"], ["-ar", "11025"],
+                                     ["-write_xing", "0"]])
+def test_an_mp3_says_how_long_it_was(options, tmp_path, capfd):
+    """By the tag in its first frame; without one nobody knows that it breaks off, and libsndfile guesses by its size."""
+    soundfile.write(tmp_path / "a.wav", speech(16000, 4.0), 16000)
+    run("-i", tmp_path / "a.wav", *options, tmp_path / "a.mp3")
+    seconds, has_tag = examine(tmp_path / "a.mp3").seconds, "-write_xing" not in options
+    assert abs(tagged(tmp_path / "a.mp3") - seconds * has_tag) < 1e-4 and announced(tmp_path / "a.mp3")[1] is has_tag
+    data = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(data[:len(data) // 2])
+    assert 1.7 < len(load_audio(tmp_path / "a.mp3")) / 16000 < 2.3
+    said = capfd.readouterr().err                                    # of C libraries too
+    assert re.fullmatch(r"warning: \S+a.mp3 announces 4.0\d s but breaks off after \d.\d\d s: using those\n", said) if has_tag else "breaks" not in said
+    assert tagged(tmp_path / "a.wav") == 0
 
 
 def test_sizes_left_open_by_pipes_are_normal(tmp_path, capfd):
