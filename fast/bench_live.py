@@ -300,7 +300,9 @@ def main(args):
             raise ValueError(f"--ways {','.join(given)} want a GPU: a CPU measures plain")
         args.ways, args.compile, args.fp8 = ["plain"], False, False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, commit {commit()}, live at {args.size[0]}x{args.size[1]}, {args.steps} steps, window {args.window}"
+    tiny = args.tiny or device.type != "cuda"
+    print(f"{name}, torch {torch.__version__}, commit {commit()}, {'tiny networks, ' * tiny}live at {args.size[0]}x{args.size[1]}, {args.steps} steps, "
+          f"window {args.window}"
           f"{', fp8' * args.fp8}{', compiled' * args.compile}", flush=True)
     result, start = {}, time.perf_counter()
     if ranks:

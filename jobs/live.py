@@ -178,8 +178,7 @@ def run_live(args, sample):
             ends = f"a name that {'does not end' if args.raw else 'ends'} in {' or '.join(SUFFIXES)}"
             raise ValueError(f"--live {'--raw ' * args.raw}wants {ends} for --out, or - for a pipe, got {args.out}")
         check_not_read(args.out, (args.audio, args.image, 0 if args.audio == "-" else None))
-        if not args.raw:
-            check_output(args.out)
+        check_output(args.out, raw=args.raw)
     if args.fp8 is None and pick_device(args.device).type == "cpu":
         args.fp8 = False                                             # a CPU would multiply float8 weights out anew in every forward
     pipeline = sample.open_pipeline(args)
@@ -221,18 +220,19 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     clock = Clock(fps, None if math.isinf(plan.frames) else plan.frames, waits, alone)
     writer = StreamWriter(args.out if pipe is None else pipe, (plan.height, plan.width), fps, under.rate, under.channels, args.raw,
                           WAITING + max(0, -args.av_offset))        # the sound of a later frame may not have been heard
-    if writer.file != writer.path and not args.raw:
-        print(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end", flush=True)
     try:
         with writer, clock:
             for frames, total in pictures(video, clock.waiting(sound), o.device, speech is not None):
                 frames = frames[:, :int(min(total - writer.frames, frames.shape[1]))]
                 if frames.shape[1]:
+                    begins = writer.file is None
                     writer.write(frames, under.below(frames.shape[1]))
+                    if begins and writer.file != writer.path and not args.raw:
+                        clock.bar.write(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end")
                     stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
                 clock.wrote(frames.shape[1])
     except (KeyboardInterrupt, Exception) as error:
-        if writer.frames and pipe is None and os.path.exists(writer.file):           # of a disk that is full it does not hold all that were made
+        if writer.frames and pipe is None and writer.file not in (None, writer.path):          # of a disk that is full it does not hold all frames
             what = "what could be written is" if isinstance(error, OSError) else f"the {writer.frames} frames so far are"
             print(f"{what} kept as {writer.file}", file=sys.stderr)
         raise
@@ -275,7 +275,7 @@ class Clock:
         self.fps, self.waits, self.alone, self.frames, self.begin, self.late, self.seconds = fps, waits, alone, 0, None, [], 0.0
         self.heard = self.wrote_at = 0.0                             # when the sound of the block at hand was there, and when frames were last written
         self.shown = 0                                               # frames of the block at hand that are written
-        self.bar = tqdm(total=total, unit="frame", bar_format="{desc}: {n_fmt} frames [{elapsed}{postfix}]" if total is None else None)
+        self.bar = tqdm(total=total, unit="frame", bar_format="{n_fmt} frames [{elapsed}{postfix}]" if total is None else None)
 
     def __enter__(self):
         return self

@@ -25,6 +25,13 @@ def frame(data, at):
     return samples // 8 * 1000 * BITRATES[version][bitrate - 1] // RATES[version][rate] + (head[2] >> 1 & 1), samples
 
 
+def adts_frame(data, at):
+    """-> bytes of the AAC frame that begins there, 0 for none"""
+    head = data[at:at + 7]
+    known = len(head) == 7 and head[0] == 0xFF and head[1] & 0xF6 == 0xF0 and head[2] >> 2 & 15 < 13                  # layer 0, one of 13 rates
+    return ((head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5) if known else 0
+
+
 def holes(path):
     """Stretches of two frames or more that are damaged or missing.
 

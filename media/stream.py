@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from media.ffmpeg import ffmpeg_command, last_line
+from media.mp3 import adts_frame, frame
 from media.sound import RATE
 from media.video import MONO_STEREO, QUALITY, TO_YUV
 
@@ -28,11 +29,17 @@ FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "40
 
 
 def meanwhile(path):
-    """The name under which a file is written until it is finished: that of no file there is. A pipe or device stays what it is."""
+    """Make the file that is written until it is finished, empty, under a name that no other file has -> its name. A pipe or device stays what it is."""
     if isinstance(path, int) or os.path.exists(path) and not os.path.isfile(path):
         return path
     stem, suffix = os.path.splitext(path)
-    return next(name for n in itertools.count() if not os.path.lexists(name := f"{stem}.partial{n or ''}{suffix}"))
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    for n in itertools.count():
+        try:
+            os.close(os.open(name := f"{stem}.partial{n or ''}{suffix}", os.O_CREAT | os.O_EXCL, 0o666))
+            return name
+        except FileExistsError:                                      # of another run, which may have begun this moment
+            pass
 
 
 class StreamWriter:
@@ -41,23 +48,29 @@ class StreamWriter:
         with StreamWriter("out.mp4", (height, width), fps=25, rate=16000) as out:
             out.write(frames, samples)       # (3, P, H, W) in [-1, 1], (n, channels) float32; either may be empty
 
-    path      a file, or a file descriptor; .file is what is written meanwhile          rate, channels  of the sound; rate 0: no sound
+    path      a file, or a file descriptor          rate, channels  of the sound; rate 0: no sound
+    file      what is written meanwhile, None before the first frame comes and where nothing could be written
     raw       rgb24 frames one behind the other, no sound, no ffmpeg
     waiting   frames that wait for ffmpeg, at most: WAITING, and as many as their sound is given later than they
-    An exception leaves what was written so far, which is whole, as .file. Nothing is written before the first frame comes.
+    An exception leaves what was written so far, which is whole, as .file.
     raises    OSError if the reader has gone or writing fails, one line
     """
 
     def __init__(self, path, size, fps, rate=0, channels=1, raw=False, waiting=WAITING):
         self.path, self.size, self.fps, self.rate, self.channels = path, tuple(size), fps, 0 if raw else rate, channels
         self.raw, self.waiting = raw, waiting
-        self.frames, self.pictures, self.sound, self.encoder, self.file = 0, None, None, None, meanwhile(path)
+        self.frames, self.pictures, self.sound, self.encoder, self.file = 0, None, None, None, None
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        self.close(quiet=kind is not None)
+        try:
+            self.close(quiet=kind is not None)
+        finally:
+            if self.file not in (None, self.path) and os.path.exists(self.file) and not os.path.getsize(self.file):
+                os.remove(self.file)                                 # of a disk that was full from the first
+                self.file = None
         if kind is None and self.frames and self.file != self.path:
             try:
                 os.replace(self.file, self.path)
@@ -99,9 +112,12 @@ class StreamWriter:
                 self.encoder.kill()
                 code = self.encoder.wait()
             self.log.seek(0)
-            reason = f"the video encoder stopped ({last_line(self.log.read(), code)})" if code else reason
+            said = last_line(self.log.read(), code) if code else ""
+            gone = isinstance(self.path, int) and "Broken pipe" in said
+            reason = "the reader has gone" if gone else f"the video encoder stopped ({said})" if code else reason
             self.log.close()
         if reason and not quiet:
+            reason += ": make room or choose another disk" * ("No space left" in reason)
             raise OSError(f"cannot write {self.named}: {reason}")
 
     @property
@@ -109,9 +125,7 @@ class StreamWriter:
         return "to the pipe" if isinstance(self.path, int) else self.path
 
     def _start(self):
-        piped = isinstance(self.path, int)
-        if not piped:
-            os.makedirs(os.path.dirname(os.path.abspath(self.file)), exist_ok=True)
+        piped, self.file = isinstance(self.path, int), meanwhile(self.path)
         if self.raw:
             file = os.dup(self.file) if piped else self.file         # a thread may outlive the caller's
             self.pictures = Pipe(open(file, "wb", buffering=0), self.waiting)
@@ -173,10 +187,15 @@ def pcm(file, samples):
     return torch.from_numpy(np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / 32768)
 
 
-BEGINS = dict(wav=b"RIFF", flac=b"fLaC", ogg=b"OggS", mp3=b"ID3", webm=b"\x1aE\xdf\xa3")
+BEGINS = dict(wav=b"RIFF", aiff=b"FORM", flac=b"fLaC", ogg=b"OggS", mp3=b"ID3", webm=b"\x1aE\xdf\xa3")
 
 
 def named_format(samples):
-    """The name of the file format that what came from a pipe begins with, or None"""
-    head = (samples[:4] * 32768).to(torch.int16).numpy().tobytes()
-    return "m4a" if head[4:] == b"ftyp" else next((name for name, begins in BEGINS.items() if head.startswith(begins)), None)
+    """The name of the file format that what came from a pipe begins with, or None. Of mp3 and aac without a header two frames must fit together."""
+    data = (samples[:8192] * 32768).to(torch.int16).numpy().tobytes()
+    if name := "m4a" if data[4:8] == b"ftyp" else next((name for name, begins in BEGINS.items() if data.startswith(begins)), None):
+        return name
+    for name, length in (("mp3", lambda at: frame(data, at)[0]), ("aac", lambda at: adts_frame(data, at))):
+        if (n := length(0)) and length(n):
+            return name
+    return None

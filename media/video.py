@@ -138,16 +138,18 @@ def check_not_read(path, inputs):
             raise ValueError(f"cannot write {path}: it is {given or 'standard input'}, which is read meanwhile: choose another name")
 
 
-def check_output(path, need=2**24, inputs=()):
-    """ValueError unless a video (or, for a folder, PNG frames) of about `need` bytes can be written, in the place of none of the inputs. Call it before
-    loading anything."""
+def check_output(path, need=2**24, inputs=(), raw=False):
+    """ValueError unless a video (or, for a folder, PNG frames; or raw ones, under any name) of about `need` bytes can be written, in the place of none
+    of the inputs. Call it before loading anything."""
     check_not_read(path, inputs)
     full = os.path.abspath(path)
+    if raw and os.path.exists(full) and not os.path.isfile(full):
+        return                                                       # a named pipe, a device
     parent, folder = os.path.dirname(full), is_folder(path)
     if folder and os.path.isdir(full) and os.listdir(full) and not is_finished(full):
         raise ValueError(f"{path} is a folder that is not empty: name a file, such as {os.path.join(path, 'out.mp4')}, "
                          "or an empty folder for PNG frames")
-    if not folder and os.path.splitext(full)[1].lower() not in SUFFIXES:
+    if not folder and not raw and os.path.splitext(full)[1].lower() not in SUFFIXES:
         raise ValueError(f"cannot write {path}: wanted a name that ends in {' or '.join(SUFFIXES)}, or in / for a folder of PNG frames")
     while not os.path.lexists(parent):      # missing folders are made before the first frame comes
         parent = os.path.dirname(parent)
@@ -162,7 +164,7 @@ def check_output(path, need=2**24, inputs=()):
     if free < need:
         raise ValueError(f"cannot write {path}: wanted about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: "
                          "make room or choose another disk")
-    if not folder:
+    if not folder and not raw:
         _check_encoder()
 
 

@@ -40,7 +40,7 @@ from fast.fp8 import relative_error
 from fast.rings import BlockGraphs, GPURing
 from fast.rings8 import value_scales
 from fast.stills import still
-from media.ffmpeg import probe
+from media.ffmpeg import probe, run
 from model import Config, Denoiser, rope_table
 from test_parity import GOLDEN, entries
 from tiny import metrics, over_time, random_weights, streams
@@ -439,9 +439,10 @@ def test_a_player_can_open_it_meanwhile(tmp_path):
     path.write_text("made before"), other.write_text("of another run")
     with out.StreamWriter(str(path), (32, 48), 25, rate=16000) as writer:
         meanwhile = tmp_path / "a.partial1.mp4"
-        assert writer.file == str(meanwhile) and not meanwhile.exists()
+        assert writer.file is None and not meanwhile.exists()
         for _ in range(6):
             writer.write(frames, np.zeros((7680, 1), np.float32))
+        assert writer.file == str(meanwhile)
         for _ in range(200):
             if meanwhile.exists() and meanwhile.stat().st_size > 20000:
                 break
@@ -451,6 +452,29 @@ def test_a_player_can_open_it_meanwhile(tmp_path):
     done = probe(str(path))
     assert early.width == 48 and early.frames > 0 and not meanwhile.exists() and other.read_text() == "of another run"
     assert done.frames == writer.frames and done.fps == 25 and abs(done.audio_duration - writer.frames / 25) < 0.1
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_two_streams_of_one_name_are_two_files_meanwhile(raw, tmp_path):
+    """That begin at once: each has what it was given, the later to end takes the name."""
+    path = str(tmp_path / "a.mp4")
+    with out.StreamWriter(path, (32, 48), 25, raw=raw) as one, out.StreamWriter(path, (32, 48), 25, raw=raw) as two:
+        for _ in range(3):
+            one.write(torch.zeros(3, 12, 32, 48)), two.write(torch.ones(3, 8, 32, 48))
+        assert {one.file, two.file} == {str(tmp_path / "a.partial.mp4"), str(tmp_path / "a.partial1.mp4")}
+        two.close()
+        assert (os.path.getsize(two.file) == 24 * 32 * 48 * 3) if raw else (probe(two.file).frames == 24)
+    assert (os.path.getsize(path) == 36 * 32 * 48 * 3) if raw else (probe(path).frames == 36)
+    assert os.listdir(tmp_path) == ["a.mp4"]
+
+
+def test_a_disk_that_is_full_from_the_first(tmp_path, monkeypatch):
+    """No empty file is kept, and what would help is said."""
+    monkeypatch.setattr(out, "ffmpeg_command", lambda *given: [sys.executable, "-c", "import sys; sys.exit('No space left on device')"])
+    with pytest.raises(OSError, match="No space left on device.*: make room or choose another disk"):
+        with out.StreamWriter(str(tmp_path / "a.mp4"), (16, 16), 25) as writer:
+            writer.write(torch.zeros(3, 1, 16, 16))
+    assert not os.listdir(tmp_path) and writer.file is None
 
 
 def test_a_stream_that_ends_early_is_kept_and_takes_nothing(tmp_path):
@@ -469,12 +493,13 @@ def test_a_stream_that_ends_early_is_kept_and_takes_nothing(tmp_path):
             os.remove(writer.file)
 
 
-def test_a_reader_that_goes_is_named(tmp_path):
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_reader_that_goes_is_named(raw):
     reader, writer = os.pipe()
     os.close(reader)
-    with pytest.raises(OSError, match="cannot write to the pipe"):
-        with out.StreamWriter(writer, (16, 16), 25, raw=True) as stream:
-            stream.write(torch.zeros(3, 1, 16, 16))
+    with pytest.raises(OSError, match="cannot write to the pipe: the reader has gone"):
+        with out.StreamWriter(writer, (16, 16), 25, raw=raw) as stream:
+            stream.write(torch.zeros(3, 30, 16, 16))
     os.close(writer)
 
 
@@ -551,9 +576,28 @@ def test_what_goes_with_a_stream_alone(given, capsys):
     assert sample.cli(["--image", FACE, *given]) == 2 and f"{given[0]}{' -' * (given[-1] == '-')} goes with --live" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("begins, name", [(b"RIFF$\0\0\0", "wav"), (b"fLaC\0\0\0\"", "flac"), (b"\0\0\0 ftyp", "m4a"), (b"ID3\4", "mp3"), (b"\1\2\3\4", None)])
+@pytest.mark.parametrize("begins, name", [(b"RIFF$\0\0\0", "wav"), (b"fLaC\0\0\0\"", "flac"), (b"\0\0\0 ftyp", "m4a"), (b"ID3\4", "mp3"), (b"FORM", "aiff"),
+                                          (b"\1\2\3\4", None), (b"\xff\xf3\x64\xc4", None), (b"\xff\xf1\x60\x40\2\x1f", None)])
 def test_a_file_in_place_of_samples(begins, name):
     assert out.named_format(out.pcm(io.BytesIO(begins + bytes(40)), 20)) == name
+
+
+@pytest.mark.parametrize("name, options", [("mp3", ["-write_xing", "0", "-id3v2_version", "0"]), ("mp3", ["-id3v2_version", "0"]), ("aac", []), ("aiff", [])])
+def test_a_file_without_a_header_in_place_of_samples(name, options, tmp_path):
+    run("-i", VOICE, *options, tmp_path / f"a.{name}")
+    with open(tmp_path / f"a.{name}", "rb") as file:
+        assert out.named_format(out.pcm(file, 10_000)) == name
+    run("-i", VOICE, "-f", "s16le", "-ar", "16000", tmp_path / "a.raw")
+    with open(tmp_path / "a.raw", "rb") as file:
+        assert out.named_format(out.pcm(file, 10_000)) is None
+
+
+@pytest.mark.parametrize("place, said", [("nothing/../file/x.rgb", "is a file, not a folder: choose another name"),
+                                         ("x" * 300, "choose a shorter one")])
+def test_raw_frames_are_refused_before_anything_is_loaded(place, said, tmp_path, capsys):
+    (tmp_path / "file").write_text(""), (tmp_path / "nothing").mkdir()
+    assert sample.cli(["--live", "--raw", "--image", FACE, "--audio", VOICE, "--out", str(tmp_path / place)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_what_cannot_fit_is_refused_with_what_helps():
