@@ -301,9 +301,8 @@ def main(args):
         args.ways, args.compile, args.fp8 = ["plain"], False, False
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     tiny = args.tiny or device.type != "cuda"
-    print(f"{name}, torch {torch.__version__}, commit {commit()}, {'tiny networks, ' * tiny}live at {args.size[0]}x{args.size[1]}, {args.steps} steps, "
-          f"window {args.window}"
-          f"{', fp8' * args.fp8}{', compiled' * args.compile}", flush=True)
+    print(f"{name}, torch {torch.__version__}, commit {commit()}, {'tiny networks, ' * tiny}live at {args.size[0]}x{args.size[1]}, "
+          f"{args.steps} steps, window {args.window}{', fp8' * args.fp8}{', compiled' * args.compile}", flush=True)
     result, start = {}, time.perf_counter()
     if ranks:
         with torch.no_grad():

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -582,7 +583,8 @@ def test_a_file_in_place_of_samples(begins, name):
     assert out.named_format(out.pcm(io.BytesIO(begins + bytes(40)), 20)) == name
 
 
-@pytest.mark.parametrize("name, options", [("mp3", ["-write_xing", "0", "-id3v2_version", "0"]), ("mp3", ["-id3v2_version", "0"]), ("aac", []), ("aiff", [])])
+@pytest.mark.parametrize("name, options", [("mp3", ["-write_xing", "0", "-id3v2_version", "0"]), ("mp3", ["-id3v2_version", "0"]),
+                                           ("aac", []), ("aiff", [])])
 def test_a_file_without_a_header_in_place_of_samples(name, options, tmp_path):
     run("-i", VOICE, *options, tmp_path / f"a.{name}")
     with open(tmp_path / f"a.{name}", "rb") as file:
@@ -598,6 +600,14 @@ def test_raw_frames_are_refused_before_anything_is_loaded(place, said, tmp_path,
     (tmp_path / "file").write_text(""), (tmp_path / "nothing").mkdir()
     assert sample.cli(["--live", "--raw", "--image", FACE, "--audio", VOICE, "--out", str(tmp_path / place)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_program_of_the_documentation(tmp_path, monkeypatch):
+    """The block of Python in docs/live.md, as it stands but for the name of its file."""
+    monkeypatch.chdir(HERE)
+    block, = re.findall(r"```python\n(.*?)```", (HERE / "docs" / "live.md").read_text(), re.DOTALL)
+    exec(block.replace("live.mp4", str(tmp_path / "a.mp4")), {})
+    assert probe(str(tmp_path / "a.mp4")).frames == 93
 
 
 def test_what_cannot_fit_is_refused_with_what_helps():
