@@ -36,6 +36,7 @@ from fast.probe import Memory
 from jobs import live as program
 from jobs import live_plan
 from media import stream as out
+from media import video
 from fast.blocks import FastDenoiser
 from fast.fp8 import relative_error
 from fast.rings import BlockGraphs, GPURing
@@ -608,6 +609,17 @@ def test_the_program_of_the_documentation(tmp_path, monkeypatch):
     block, = re.findall(r"```python\n(.*?)```", (HERE / "docs" / "live.md").read_text(), re.DOTALL)
     exec(block.replace("live.mp4", str(tmp_path / "a.mp4")), {})
     assert probe(str(tmp_path / "a.mp4")).frames == 93
+
+
+def test_raw_frames_into_what_is_no_file(tmp_path, monkeypatch):
+    """A named pipe or a device stays what it is, and no ffmpeg is wanted."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(video, "_check_encoder", lambda: 1 / 0)
+    for path in (tmp_path / "pipe", "/dev/full", tmp_path / "a.rgb"):
+        video.check_output(str(path), raw=True)
+    with pytest.raises(ValueError, match="wanted a name that ends in"):
+        video.check_output(str(tmp_path / "a.rgb"))
+    assert out.meanwhile("/dev/full") == "/dev/full" and os.listdir(tmp_path) == ["pipe"]
 
 
 def test_what_cannot_fit_is_refused_with_what_helps():

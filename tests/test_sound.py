@@ -129,11 +129,16 @@ def test_an_mp3_says_how_long_it_was(options, tmp_path, capfd):
     seconds, has_tag = examine(tmp_path / "a.mp3").seconds, "-write_xing" not in options
     assert abs(tagged(tmp_path / "a.mp3") - seconds * has_tag) < 1e-4 and announced(tmp_path / "a.mp3")[1] is has_tag
     data = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "b.mp3").write_bytes(b"ID3\4\0\0\0\1\34\40" + bytes(20000) + data)            # 20,000 = 1 * 128^2 + 28 * 128 + 32, a cover say
+    assert tagged(tmp_path / "b.mp3") == tagged(tmp_path / "a.mp3")
+    (tmp_path / "c.mp3").write_bytes(data[:8000] + np.random.RandomState(0).bytes(3000) + data[16000:])
     (tmp_path / "a.mp3").write_bytes(data[:len(data) // 2])
     assert 1.7 < len(load_audio(tmp_path / "a.mp3")) / 16000 < 2.3
     said = capfd.readouterr().err                                    # of C libraries too
     assert re.fullmatch(r"warning: \S+a.mp3 announces 4.0\d s but breaks off after \d.\d\d s: using those\n", said) if has_tag else "breaks" not in said
     assert tagged(tmp_path / "a.wav") == 0
+    load_audio(tmp_path / "c.mp3")
+    assert "it is damaged" in (said := capfd.readouterr().err) and "breaks off" not in said
 
 
 def test_sizes_left_open_by_pipes_are_normal(tmp_path, capfd):
