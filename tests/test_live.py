@@ -607,7 +607,7 @@ def test_the_program_of_the_documentation(tmp_path, monkeypatch):
     """The block of Python in docs/live.md, as it stands but for the name of its file."""
     monkeypatch.chdir(HERE)
     block, = re.findall(r"```python\n(.*?)```", (HERE / "docs" / "live.md").read_text(), re.DOTALL)
-    exec(block.replace("live.mp4", str(tmp_path / "a.mp4")), {})
+    exec(block.replace("out.mp4", str(tmp_path / "a.mp4")), {})
     assert probe(str(tmp_path / "a.mp4")).frames == 93
 
 
