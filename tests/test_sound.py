@@ -12,6 +12,7 @@ import torch
 
 from media.ffmpeg import ffmpeg_command, run
 from media.lengths import announced, tagged
+from media.mp3 import adts_frame
 from media.sound import examine, load_audio
 from media.video import VideoWriter
 
@@ -139,6 +140,14 @@ def test_an_mp3_says_how_long_it_was(options, tmp_path, capfd):
     assert tagged(tmp_path / "a.wav") == 0
     load_audio(tmp_path / "c.mp3")
     assert "it is damaged" in (said := capfd.readouterr().err) and "breaks off" not in said
+
+
+@pytest.mark.parametrize("rate, length", [(0, 7), (4, 255), (8, 3000), (12, 8191), (13, 0), (15, 0)])
+def test_the_length_of_an_aac_frame(rate, length):
+    """13 bits of it, over four bytes; 13 rates."""
+    wanted = length or 500
+    head = [0xFF, 0xF1, 0x40 | rate << 2, 0x80 | wanted >> 11, wanted >> 3 & 255, (wanted & 7) << 5 | 31, 0xFC]
+    assert adts_frame(b"x" + bytes(head), 1) == length and adts_frame(bytes(head[:6]), 0) == adts_frame(bytes([0xFF, 0xF7, *head[2:]]), 0) == 0
 
 
 def test_sizes_left_open_by_pipes_are_normal(tmp_path, capfd):
