@@ -11,7 +11,6 @@ Each network is loaded when its stage begins; it stays for the next video where 
 Axes    B batch (1)   T latent frames   P pixel frames   H W latent size
 Source  Wan-Video/Wan2.2@42bf4cf wan/{speech2video,text2video,image2video,textimage2video}.py
 """
-import math
 import statistics
 import sys
 import time

@@ -5,7 +5,6 @@ heads over all tokens, its tile of the VAE; it is the rank with most to do: the 
 tile has neighbours on both sides. What would come from others is made of its own rows. Added is the time of the exchange: bytes that the rank
 sends over the bandwidth of its link, and LATENCY for each call.
 """
-import math
 import os
 import subprocess
 import sys

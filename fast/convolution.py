@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fast.kernels import jit, triton, works
-from vae import CausalConv, Decoder, ResBlock, new_cache, pointwise
+from vae import Decoder, ResBlock, new_cache, pointwise
 
 if triton:
     import triton.language as tl

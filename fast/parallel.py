@@ -15,7 +15,6 @@ once        Text and sound are encoded on rank 0 and sent; noise is drawn alike 
 
 Everything is one call: the all-to-all, of which each rank sends and receives so many rows to and from each.
 """
-import math
 import os
 from dataclasses import replace
 from functools import cache

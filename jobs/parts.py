@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 

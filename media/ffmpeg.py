@@ -196,15 +196,15 @@ def clock(path):
 
 def counted(path):
     """The clock of raw mp3: samples counted, with silence in the place of lost frames."""
-    from media.mp3 import holes                                      # here: importing `sample` does not need it
-    (found, samples, tagged), jumps, gone = holes(path), "", 0
+    from media.mp3 import holes, tagged                              # here: importing `sample` does not need it
+    (found, samples), jumps, gone = holes(path), "", 0
     if found:
-        from media.lengths import announced
         tick, packets = framecrc(path, "-c", "copy", kind="a")
         rate, room = int(streams(path)["audio"]["sample_rate"]), sum(frames for _, frames in found)
         skipped = round(-min(0, packets[0][1]) * tick * rate)        # of the first frame, as its encoder says
         heard = decoded(path, "a", "out_time_us", COUNTED) / 1e6
-        lost = (announced(path)[0] - heard) * rate / samples if tagged else room             # damaged frames may have been decoded, or whole ones not
+        seconds = tagged(path)                                       # damaged frames may have been decoded, or whole ones not
+        lost = (seconds - heard) * rate / samples if seconds else room
         for before, frames in found:
             silent = max(0, round(lost * frames / room)) * samples
             jumps += f"+{silent}*gte(N,{before - gone - skipped})"

@@ -35,10 +35,10 @@ def adts_frame(data, at):
 def holes(path):
     """Stretches of two frames or more that are damaged or missing.
 
-    returns  [(samples in front of it, frames that fit into it)], samples of a frame, whether the file tells its length in an Info or Xing tag.
+    returns  [(samples in front of it, frames that fit into it)], samples of a frame.
              A frame is whole if another one, a tag or the end of the file follows it.
     """
-    data, found, before, whole_bytes, samples, tagged, at = Path(path).read_bytes(), [], 0, [], 0, False, 0
+    data, found, before, whole_bytes, samples, at = Path(path).read_bytes(), [], 0, [], 0, 0
 
     def whole(at):
         """-> bytes and samples of a whole frame, else (0, 0)"""
@@ -48,9 +48,7 @@ def holes(path):
     while at < len(data):
         now, held = whole(at)
         if now:
-            if not whole_bytes and any(tag in data[at:at + 60] for tag in (b"Info", b"Xing")):          # the first may hold facts, no sound
-                tagged = True
-            else:
+            if whole_bytes or tag_in(data[at:at + 60]) < 0:                 # the first may hold facts, no sound
                 whole_bytes.append(now)
                 samples, before = held, before + held
             at += now
@@ -63,7 +61,12 @@ def holes(path):
                 found.append((before, lost))
                 before += lost * samples
             at = again
-    return found, samples, tagged
+    return found, samples
+
+
+def tag_in(head):
+    """Where the Info or Xing tag stands in the first 60 bytes of a first frame, -1 without one."""
+    return max(head.find(b"Info"), head.find(b"Xing"))
 
 
 def tagged(path):
@@ -74,7 +77,7 @@ def tagged(path):
         data = file.read(1 << 12)
     at = next((at for at in sync(data, 0) if frame(data, at)[0]), len(data))
     data, (_, samples) = data[at:], frame(data, at)
-    tag = max(data[:60].find(b"Info"), data[:60].find(b"Xing"))
+    tag = tag_in(data[:60])
     if tag < 0 or not (flags := data[tag + 7]) & 1:                  # it may hold the number of bytes alone
         return 0
     fields = tag + 12 + 4 * (flags >> 1 & 1) + 100 * (flags >> 2 & 1) + 4 * (flags >> 3 & 1)         # behind frames, bytes, places, quality

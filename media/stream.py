@@ -8,16 +8,14 @@ import itertools
 import os
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
 
 import numpy as np
 import torch
 
+from media import mp3
 from media.ffmpeg import ffmpeg_command, last_line
-from media.mp3 import adts_frame, frame
-from media.sound import RATE
 from media.video import MONO_STEREO, QUALITY, TO_YUV
 
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
@@ -195,7 +193,7 @@ def named_format(samples):
     data = (samples[:8192] * 32768).to(torch.int16).numpy().tobytes()
     if name := "m4a" if data[4:8] == b"ftyp" else next((name for name, begins in BEGINS.items() if data.startswith(begins)), None):
         return name
-    for name, length in (("mp3", lambda at: frame(data, at)[0]), ("aac", lambda at: adts_frame(data, at))):
+    for name, length in (("mp3", lambda at: mp3.frame(data, at)[0]), ("aac", lambda at: mp3.adts_frame(data, at))):
         if (n := length(0)) and length(n):
             return name
     return None

@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from formats import checkpoints, lora
 from live import AHEAD, BLOCK, FPS, LEAD_LATENTS, WARM_UP, WINDOW, rotate, rounded, schedule
-from media.sound import RATE
 from model import PATCH, REF_TIME, LayerCond, attention, expert_index, grid_positions, rope_table, token_positions
 from text import Tokenizer
 from tiny import faces, networks, speech
