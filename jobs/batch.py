@@ -272,16 +272,17 @@ def make_all(jobs, program, summary, world=None):
             cap_memory(job.pipeline.device, job.args.vram or 1e9)    # 1e9: what another job's --vram has set no longer holds
         left = summary.rate * sum(later.work for later in todo[n:])
         print(f"\njob {job.number}/{len(jobs)}  {job.name} -> {job.out}, about {tqdm.format_interval(left)} left for all", flush=True)
-        summary.begin(job)
         begin = time.perf_counter()
         try:
+            summary.begin(job)
             guarded(job, lambda: program.make_video(job.pipeline, job.args))
+            job.seconds = time.perf_counter() - begin
+            if job.state == "running":
+                summary.finish(job)
         except BaseException:                                        # Ctrl-C
-            job.state = "stopped"
+            if job.state == "running":
+                job.state = "stopped"
             raise
-        job.seconds = time.perf_counter() - begin
-        if job.state == "running":
-            summary.finish(job)
         summary.write()
 
 

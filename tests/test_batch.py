@@ -17,7 +17,7 @@ from ranks import stoppable
 
 import sample
 from formats.checkpoints import Checkpoint
-from jobs.batch import run_batch
+from jobs.batch import Summary, run_batch
 from media.ffmpeg import probe
 from tests import kill_runs
 from wan_s2v import WanS2VPipeline
@@ -131,6 +131,24 @@ def test_killed_before_it_was_noted(tmp_path, made):
     assert sample.cli(command) == 0 and made == ["a.mp4"] and states(log) == ["done before"]
     os.remove(tmp_path / "a.mp4")
     assert sample.cli(command) == 0 and made == ["a.mp4"] * 2
+
+
+def test_ctrl_c_while_the_summary_is_written(tmp_path, made, monkeypatch):
+    """The job that has just been noted as running is stopped; one that is finished stays done."""
+    sounds(tmp_path, "a.wav", "b.wav")
+    command, log = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}, {"audio": "b.wav"}]), tmp_path / "jobs.summary.json"
+    write = Summary.write
+    for wanted, after in ((["running", "waiting"], ["stopped", "waiting"]), (["done", "waiting"],) * 2):
+        def write_and_stop(self):
+            write(self)
+            if [job.state for job in self.jobs] == wanted and not stopped:
+                stopped.append(True)
+                raise KeyboardInterrupt
+        stopped = []
+        monkeypatch.setattr(Summary, "write", write_and_stop)
+        assert sample.cli(command) == 130 and states(log) == after
+    monkeypatch.setattr(Summary, "write", write)
+    assert sample.cli(command) == 0 and made == ["a.mp4", "b.mp4"] and states(log) == ["done before", "done"]
 
 
 # ------------------------------------------------------------------------------------------------------------- what is asked for
