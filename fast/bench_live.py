@@ -1,7 +1,7 @@
 """How fast is a stream, and does it stay in its memory? Random weights at full size, made on the device: no checkpoint is needed.
 
     python -m fast.bench_live --size 704x384                      frames per second of live.py, in several ways, and where the time goes
-    python -m fast.bench_live --size 192x128 --flat 500           memory at block 20 and at the last; the same bytes from a saved state, by a seed
+    python -m fast.bench_live --size 192x128 --flat 500           memory at block 20, where it changes, at the end; the same bytes by a seed
     python -m fast.bench_live --size 704x384 --ways plain,beside  these ways alone
     python -m fast.bench_live --size 704x384 --ranks 4            a stream by 4 GPUs, each of which makes some of the steps: fast/relay.py
 
@@ -214,7 +214,7 @@ def flat(bench, picture, blocks):
         digests.append(make_20(video, beside))
         state = copy.deepcopy(video.state()) if first == 0 else state
         at[first + 20] = used(bench.device)
-        if first % 500 == 0 or first + 20 >= blocks:
+        if first % 500 == 0 or first + 20 >= blocks or at[first + 20][:2] != at[first][:2]:
             print("memory   block {}: {:.3f} GiB of tensors, {:.3f} reserved, {:.3f} on the host".format(first + 20, *at[first + 20]), flush=True)
     del video, beside
     again, later = bench.begin(picture, ring), bench.begin(picture, ring).restore(state)
