@@ -230,7 +230,7 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                     if begins and writer.file != writer.path and not args.raw:
                         clock.bar.write(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end")
                     stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
-                clock.wrote(frames.shape[1])
+                clock.wrote(frames.shape[1], writer.waited)
     except (KeyboardInterrupt, Exception) as error:
         if writer.frames and pipe is None and writer.file not in (None, writer.path):          # of a disk that is full it does not hold all frames
             what = "what could be written is" if isinstance(error, OSError) else f"the {writer.frames} frames so far are"
@@ -274,7 +274,7 @@ class Clock:
     def __init__(self, fps, total, waits, alone=True):
         self.fps, self.waits, self.alone, self.frames, self.begin, self.late, self.seconds = fps, waits, alone, 0, None, [], 0.0
         self.heard = self.wrote_at = 0.0                             # when the sound of the block at hand was there, and when frames were last written
-        self.shown = 0                                               # frames of the block at hand that are written
+        self.shown, self.waited = 0, 0.0                             # frames of the block at hand that are written; of `wrote`, the last time
         self.bar = tqdm(total=total, unit="frame", bar_format="{n_fmt} frames [{elapsed}{postfix}]" if total is None else None)
 
     def __enter__(self):
@@ -289,11 +289,12 @@ class Clock:
             self.begin, self.shown, self.late = self.begin or self.heard, 0, [*self.late[-99:], 0.0]
             yield features, total
 
-    def wrote(self, frames):
+    def wrote(self, frames, waited=0.0):
+        """waited  seconds in all for which a reader or disk let writing wait: no work of ours"""
         now = time.perf_counter()
         self.late[-1] = max(self.late[-1], now - self.heard - self.shown / self.fps)             # by which a player must wait, for all of the block
-        self.seconds = self.seconds + now - max(self.heard, self.wrote_at) if self.alone else now - self.begin
-        self.frames, self.shown, self.wrote_at = self.frames + frames, self.shown + frames, now
+        self.seconds = self.seconds + now - max(self.heard, self.wrote_at) - (waited - self.waited) if self.alone else now - self.begin - waited
+        self.frames, self.shown, self.wrote_at, self.waited = self.frames + frames, self.shown + frames, now, waited
         said = f"{self.frames / self.seconds:.1f} frames/s while working, "
         ahead = self.frames / self.fps - (now - self.begin)
         away = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} real time"

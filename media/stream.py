@@ -10,6 +10,7 @@ import queue
 import subprocess
 import tempfile
 import threading
+import time
 
 import numpy as np
 import torch
@@ -50,13 +51,14 @@ class StreamWriter:
     file      what is written meanwhile, None before the first frame comes and where nothing could be written
     raw       rgb24 frames one behind the other, no sound, no ffmpeg
     waiting   frames that wait for ffmpeg, at most: WAITING, and as many as their sound is given later than they
+    waited    seconds in all in which `write` waited for who takes them
     An exception leaves what was written so far, which is whole, as .file.
     raises    OSError if the reader has gone or writing fails, one line
     """
 
     def __init__(self, path, size, fps, rate=0, channels=1, raw=False, waiting=WAITING):
         self.path, self.size, self.fps, self.rate, self.channels = path, tuple(size), fps, 0 if raw else rate, channels
-        self.raw, self.waiting = raw, waiting
+        self.raw, self.waiting, self.waited = raw, waiting, 0.0
         self.frames, self.pictures, self.sound, self.encoder, self.file = 0, None, None, None, None
 
     def __enter__(self):
@@ -87,8 +89,10 @@ class StreamWriter:
             self._start()
         if self.sound and samples is not None and len(samples):
             self.sound.put(np.ascontiguousarray(samples, "<f4").tobytes())
+        begin = time.perf_counter()
         for frame in pixels:
             self.pictures.put(memoryview(frame).cast("B"))
+        self.waited += time.perf_counter() - begin
         if self.pictures.error:
             self.close()
         self.frames += len(pixels)

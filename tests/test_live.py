@@ -327,6 +327,17 @@ def test_a_player_waits_for_the_latest_part_of_a_block(monkeypatch):
                          "half of the last 3 blocks were seen within 1.06 s after they were heard"
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_reader_that_stalls_is_no_work(monkeypatch, alone):
+    """Three blocks of a file in a second each; of the second the reader takes nothing for 5 s more."""
+    now = iter([11, 17, 18])
+    clock = program.Clock(25, None, None, alone)
+    monkeypatch.setattr(program.time, "perf_counter", lambda: next(now))
+    for _, waited in zip(clock.waiting([(None, None, 10)] * 3), (0, 5, 5)):
+        clock.wrote(12, waited)
+    assert str(clock) == "12.0 frames/s while working, 0.48 times real time"
+
+
 def test_sound_is_encoded_while_a_block_is_made(monkeypatch):
     """In a thread, one block ahead; what fails there fails here, behind the blocks before it."""
     def sound():
