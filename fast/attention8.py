@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from fast.fp8 import E4M3, MAX, TINY, cast, multiplies_fp8
-from fast.kernels import jit, triton
+from fast.kernels import jit, know_attention, on, triton
 
 if triton:
     import triton.language as tl
@@ -127,6 +127,8 @@ def check(device):
     """raises ValueError on a GPU without 8-bit tensor cores, or without Triton. A CPU will do: there the rounding is imitated"""
     if device.type != "cpu" and (triton is None or not multiplies_fp8(device)):
         raise ValueError("8-bit attention wants Triton and an NVIDIA GPU of compute capability 8.9 or more: leave it out on this machine")
+    if not know_attention():
+        raise ValueError("8-bit attention wants model.attention to be a plain softmax, that of this fork is not: leave it out")
 
 
 def attention8(q, k, v, layer=None):
@@ -141,7 +143,7 @@ def attention8(q, k, v, layer=None):
         return emulated(q, k, v)
     heads, dtype, (q, k, v) = q.shape[2], q.dtype, (x.to(torch.bfloat16).flatten(2).contiguous() for x in (q, k, v))            # (B, N, C)
     try:
-        with torch.cuda.device(q.device):
+        with on(q.device):
             for item in zip(q, k, v):
                 attend_item(*item, heads)
     except torch.OutOfMemoryError:

@@ -106,7 +106,7 @@ def attend_rows(q, k, v, whole):
 def takes_last_keys_apart(q):
     """Would cuDNN compute attention of q (B, N, K, D), on a GPU whose kernel is known?"""
     q = q.transpose(1, 2)
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and kernels.works(q.device) and \
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and kernels.works(q.device) and kernels.know_attention() and \
         torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, q, q, None, 0.0, False, False))
 
 
@@ -165,7 +165,7 @@ class FastDenoiser:
         self.net, self.chunk, self.attend, self.host_layers, self.trims = net, chunk, attend, host_layers, compile
         run = compiled if compile else lambda function: function
         self.project, self.finish, self.audio_cross_attention = run(project_into), run(finish_in_place), run(audio_in_place)
-        self.serves = (lambda block, x: rows.serves(block, x, net.cfg)) if compile else lambda block, x: False
+        self.serves = rows.server(net.cfg) if compile else lambda block, x, rope: False
         for block in offload.all_blocks(net) if compile else ():
             use_forms_for_compiler(block)
 
@@ -173,7 +173,7 @@ class FastDenoiser:
     def prepare(self, **arguments):
         """As Denoiser.prepare -> Cond, which no plain Denoiser can read: compiled, one key of text stands for all padding"""
         cond = self.net.prepare(**arguments)
-        if self.trims:
+        if self.trims and "text" in arguments:
             cond = padding.trim(cond, arguments["text"].shape[1])
         return replace(cond, layers=offload.HostLayers(cond.layers)) if self.host_layers else cond
 
@@ -209,7 +209,7 @@ class FastDenoiser:
     def block(self, block, x, mod, cond, layer, chunks, frames, attend):
         """Block.forward in place of x.  x (B, N, C) float32, mod (6, B, R, C)"""
         (text, audio, adain), pads = cond.layers[layer], padding.pads_of(cond)
-        if self.serves(block, x):
+        if self.serves(block, x, cond.rope):
             project, finish = rows.project, partial(rows.finish, pads=pads)
         else:
             project, finish, text = self.project, self.finish, padding.whole(text, pads)

@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast import kernels
+from model import FloatLinear, Linear
 
 E4M3 = torch.float8_e4m3fn
 MAX = 448.0               # the largest e4m3 number
@@ -156,13 +157,15 @@ def to_fp8(module, names):
     """Make every linear layer whose scale is among `names` an FP8Linear.
 
     module  on the meta device; changed in place and returned        names  of the tensors to be loaded: X.weight_scale marks layer X
-    raises  ValueError for a scale that belongs to no linear layer
+    raises  ValueError for a scale that belongs to no linear layer, or to one of a fork that computes something else
     """
     linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     for path in (name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")):
         if path not in linears:
             raise ValueError(f"{path}.weight_scale belongs to no linear layer: wanted scales of float8 weights only")
         old = linears[path]
+        if type(old) not in (nn.Linear, Linear, FloatLinear):
+            raise ValueError(f"{path} is a {type(old).__name__}, whose forward float8 weights would leave out: take weights in bfloat16, --no-fp8")
         with torch.device("meta"):
             module.set_submodule(path, FP8Linear(old.in_features, old.out_features, old.bias is not None))
     return module

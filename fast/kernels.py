@@ -8,9 +8,12 @@ Both give the same numbers but for rounding, and where Triton is missing (`trito
 from __future__ import annotations                                   # where Triton is missing, tl.constexpr below is not looked up
 
 import sys
+from contextlib import nullcontext
 from functools import cache
 
 import torch
+
+import model
 
 try:
     import triton
@@ -22,6 +25,11 @@ except ImportError:                                                  # comes wit
 def jit(function):
     """Compiled once for all numbers of tokens and sizes of a picture, at the first call."""
     return triton.jit(function, do_not_specialize=["n", "N", "first", "h", "w", "cached", "residual"]) if triton else function
+
+
+def on(device):
+    """Kernels inside are launched on this device, whichever is the current one; in Triton's interpreter it is a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
@@ -36,6 +44,18 @@ def works(device):
         print(f"Triton {triton.__version__} does not work here ({type(error).__name__}: {reason}): some steps are slower", file=sys.stderr)
         return False
     return True
+
+
+@cache
+@torch.no_grad()
+def know_attention():
+    """Is model.attention what every kernel for attention computes, softmax(q k / sqrt(D)) v? Tried on a few numbers: a fork may have another."""
+    q, k, v = torch.randn(3, 1, 5, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(2, 3)        # (1, K, N, D)
+    want = torch.softmax(q @ k.mT / 8 ** 0.5, dim=-1) @ v
+    gap = float((model.attention(*(x.transpose(1, 2).float() for x in (q, k, v))) - want.transpose(1, 2).flatten(2)).norm() / want.norm())
+    if not gap < 1e-4:                                               # rounding gives 1e-7
+        print(f"fast/ has no kernels for what model.attention computes (relative L2 {gap:.1e} from softmax): it runs as it is", file=sys.stderr)
+    return gap < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------------ rows to float8
@@ -72,7 +92,7 @@ def quantize_rows(x):
     """x (n, C) any float, on a GPU -> as `fp8.quantize`: e4m3 (n, C), scale (n, 1) float32"""
     n, C = x.shape
     y, scale = x.new_empty(n, C, dtype=torch.float8_e4m3fn), x.new_empty(n, 1, dtype=torch.float32)
-    with torch.cuda.device(x.device):
+    with on(x.device):
         quantize_row[(n,)](x.contiguous(), y, scale, C, triton.next_power_of_2(C))
     return y, scale
 
@@ -105,6 +125,6 @@ def attend_last(q, k, v, y, sums, first):
     sums  (B, K, n, 1) float32, logarithms of the sums of exponentials of the scores that y was made from
     """
     (_, n, K, D), N = q.shape, k.shape[1]
-    with torch.cuda.device(q.device):
+    with on(q.device):
         for item in zip(q, *(x.contiguous() for x in (k, v, y, sums))):
             attend_more[K, triton.cdiv(n, 64)](*item, D ** -0.5, n, N, first, K * D, D, 64, max(16, triton.next_power_of_2(N - first)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fast.kernels import jit, triton
+from fast.kernels import jit, on, triton
 from model import Cond, attention
 
 if triton:
@@ -29,16 +29,16 @@ class Trimmed(Cond):
 
 
 def trim(cond, words):
-    """The Cond of a prompt of so many tokens with one key for its padding, where that is faster; the same Cond where it is not, or where a fork's
-    padding is not alike."""
+    """The Cond of a prompt of so many tokens with one key for its padding, where that is faster; the same Cond where it is not, or of a fork whose
+    padding is not alike, or whose Cond is another."""
     texts = [layer.text for layer in cond.layers]                    # (2, B, S, K, D) each
     pads = texts[0].shape[2] - words
-    if pads < 2 or words >= MOST:
+    if pads < 2 or words >= MOST or type(cond) is not Cond:
         return cond
     gaps = [(text[:, :, words:] - text[:, :, -1:]).norm() / text[:, :, words:].norm() for text in texts]
     if not torch.stack(gaps).max() < ALIKE:
         return cond
-    layers = tuple(layer._replace(text=layer.text[:, :, :words + 1].clone()) for layer in cond.layers)
+    layers = tuple(layer._replace(text=layer.text[:, :, :words + 1].clone(memory_format=torch.contiguous_format)) for layer in cond.layers)
     return Trimmed(**vars(cond) | dict(layers=layers), pads=pads)
 
 
@@ -74,11 +74,15 @@ def attend_row(q_ptr, k_ptr, v_ptr, y_ptr, scale, more, n, N, C, D: tl.constexpr
 
 
 def attend(q, text, pads):
-    """`model.attention` of q (1, n, K, D) to text (2, 1, S, K, D), the last key of which counts as `pads` -> (1, n, K*D)"""
+    """`model.attention` of q (1, n, K, D) to text (2, 1, S, K, D), contiguous, the last key of which counts as `pads` -> (1, n, K*D)"""
     (_, n, K, D), S = q.shape, text.shape[2]
-    if not q.is_cuda or pads == 1 or D < 16 or D & (D - 1):          # the kernel's widths are powers of two
+    if pads > 1 and not q.is_cuda:                                   # what the kernel computes, whatever a fork's attention is
+        k, v = text.transpose(2, 3)                                  # (1, K, S, D)
+        more = math.log(pads) * (torch.arange(S) == S - 1)
+        return (torch.softmax(q.transpose(1, 2) @ k.mT / D ** 0.5 + more, dim=-1) @ v).transpose(1, 2).flatten(2)
+    if pads == 1 or D not in (16, 32, 64, 128):                      # the kernel's widths
         return attention(q, *whole(text, pads))
     y = torch.empty_like(q)
-    with torch.cuda.device(q.device):
+    with on(q.device):
         attend_row[K, triton.cdiv(n, 64)](q, *text, y, math.log2(math.e) / D ** 0.5, math.log2(pads), n, S, K * D, D, 64, 64)
     return y.flatten(2)

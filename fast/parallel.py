@@ -78,7 +78,7 @@ class Ranks:
     def to_heads(self, x, lengths):
         """All heads of own tokens -> own heads of all tokens.  x (B, n, K, D), lengths: n of every rank -> (B, N, K/runs, D)"""
         x = x.unflatten(2, (self.runs, -1)).permute(2, 1, 0, 3, 4).flatten(0, 1)                     # (runs*n, B, K/runs, D)
-        return self.exchange(x, [x.shape[0] // self.runs] * self.runs, lengths, self.team).transpose(0, 1)
+        return self.exchange(x, [x.shape[0] // self.runs] * self.runs, lengths, self.team).transpose(0, 1).contiguous()        # of one item it is
 
     def to_tokens(self, y, lengths):
         """Own heads of all tokens -> all heads of own tokens.  y (B, N, C/runs) -> (B, n, C)"""

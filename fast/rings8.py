@@ -17,7 +17,7 @@ import torch
 
 from fast.attention8 import KEYS, LOG2_E, QUERIES, STAGES, check, quantize_rows, tile
 from fast.fp8 import E4M3, MAX, TINY
-from fast.kernels import jit, triton
+from fast.kernels import jit, on, triton
 from fast.rings import turn
 from live import BLOCK, Ring
 
@@ -136,9 +136,10 @@ class Ring8(Ring):
         k8, k_scale, v8, v_scale, mean = self.layers[layer]
         N, C, first = keys.shape[1], self.K * self.D, self.starts[part]
         grid = blocks_of(N), self.K
-        write_keys[grid](keys.to(torch.bfloat16).contiguous(), mean, k8, k_scale, first, self.width // KEYS, N, C, self.D, KEYS)
-        if values is not None:
-            write_values[grid](values.to(torch.bfloat16).contiguous(), v8, v_scale, first, self.width, N, C, self.D, KEYS, num_warps=8)
+        with on(keys.device):
+            write_keys[grid](keys.to(torch.bfloat16).contiguous(), mean, k8, k_scale, first, self.width // KEYS, N, C, self.D, KEYS)
+            if values is not None:
+                write_values[grid](values.to(torch.bfloat16).contiguous(), v8, v_scale, first, self.width, N, C, self.D, KEYS, num_warps=8)
 
     def attend(self, q, k, v, layer, slot, seen, moved):
         ref = torch.empty_like(self.ref_keys[layer], dtype=torch.bfloat16)
@@ -156,11 +157,13 @@ class Ring8(Ring):
         tma = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
         n, blocks = q.shape[1], blocks_of(q.shape[1])
         q8, q_scale = q[0].view(torch.int8), torch.empty(self.K * blocks * KEYS, device=q.device)
-        quantize_rows[blocks, self.K](q[0], mean, q8, q_scale, LOG2_E * self.D ** -0.5, n, C, self.D, KEYS, SHARED=False)
-        if tma:
-            q8, k8, v8 = (TensorDescriptor.from_tensor(x, shape) for x, shape in ((q8, [QUERIES, self.D]), (k8, [KEYS, self.D]), (v8, [self.D, KEYS])))
-        attend_ring[-(-n // QUERIES), self.K](q8, k8, v8, q, q_scale, k_scale, v_scale, n, C, self.width, blocks * KEYS, seen, unused,
-                                              self.D, QUERIES, KEYS, STAGES, tma)
+        with on(q.device):
+            quantize_rows[blocks, self.K](q[0], mean, q8, q_scale, LOG2_E * self.D ** -0.5, n, C, self.D, KEYS, SHARED=False)
+            if tma:
+                shapes = (q8, [QUERIES, self.D]), (k8, [KEYS, self.D]), (v8, [self.D, KEYS])
+                q8, k8, v8 = (TensorDescriptor.from_tensor(x, shape) for x, shape in shapes)
+            attend_ring[-(-n // QUERIES), self.K](q8, k8, v8, q, q_scale, k_scale, v_scale, n, C, self.width, blocks * KEYS, seen, unused,
+                                                  self.D, QUERIES, KEYS, STAGES, tma)
         return q
 
     def state(self):

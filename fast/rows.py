@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from fast import fp8, kernels, padding
 from fast.kernels import float8_scale, jit, store_float8, store_float8_row, triton
-from model import attention
+from model import Linear, attention
 
 if triton:
     import triton.language as tl
@@ -188,7 +188,7 @@ def normed(x, shift, scale, eps, product=None, gate=None, plus=1.0):
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * (plus + scale) + shift)[0], None
     n, C = x.shape[1:]
     out = rows8(n, C, x.device)
-    with torch.cuda.device(x.device):
+    with kernels.on(x.device):
         normed_row[(n,)](x, *arguments(product, x), x if gate is None else gate, shift, scale, *out, eps, C, *in_two(C),
                          product is not None, gate is not None, True, plus)
     return out
@@ -200,7 +200,7 @@ def add(x, product, gate=None):
         x += product.value() * (1 if gate is None else gate)
         return
     n, C = x.shape[1:]
-    with torch.cuda.device(x.device):
+    with kernels.on(x.device):
         normed_row[(n,)](x, *arguments(product), x if gate is None else gate, x, x, x, x, 0.0, C, *in_two(C), True,
                          gate is not None, False, 1.0)
 
@@ -219,7 +219,7 @@ def rotated(product, out, norm=None, rope=None):
     (n, C), D = product.raw.shape, out.shape[3]
     cos, sin = (product.token_scale,) * 2 if rope is None else rope
     weight, eps = (product.token_scale, 0.0) if norm is None else (norm.weight, norm.eps)
-    with torch.cuda.device(out.device):
+    with kernels.on(out.device):
         rotated_row[(n,)](*arguments(product), weight, cos, sin, out, eps, C, D // 2, rope is not None, norm is not None, True, num_warps=8)
     return out
 
@@ -227,7 +227,7 @@ def rotated(product, out, norm=None, rope=None):
 def rotate(x, rope, out):
     """Rows x (1, n, K, D) any float, on a GPU, rotated by RoPE (2, n, 1, D/2) into the place out (1, n, K, D) bf16"""
     _, n, K, D = x.shape
-    with torch.cuda.device(x.device):
+    with kernels.on(x.device):
         rotated_row[(n,)](x, K * D, x, x, x, x, *rope, out, 0.0, K * D, D // 2, True, False, False, num_warps=8)
 
 
@@ -237,7 +237,7 @@ def gelu(product):
         return F.gelu(product.value(), approximate="tanh"), None
     n, C = product.raw.shape
     out = rows8(n, C, product.raw.device)
-    with torch.cuda.device(product.raw.device):
+    with kernels.on(product.raw.device):
         gelu_row[(n,)](*arguments(product), *out, C, triton.next_power_of_2(C), num_warps=8)
     return out
 
@@ -249,10 +249,18 @@ def quantize(y):
 
 # ------------------------------------------------------------------------------------------------------- model.Block, results in place
 
-@cache
+def classes(block):
+    """The classes of all that a block is built of, but for what blocks.use_forms_for_compiler and float8 put in."""
+    return tuple(nn.Linear if type(part) in (Linear, fp8.FP8Linear) else type(part) for name, part in block.named_modules()
+                 if name not in ("ffn.1", "self_attn.rotary"))
+
+
 @torch.no_grad()
-def follows(kind, cfg, audio):
-    """Do `project` and `finish` compute what those of this class of blocks do? Tried on a narrow one, on the CPU.  cfg, audio  as of Block"""
+def follows(kind, cfg, audio, made_of=None):
+    """Do `project` and `finish` compute what those of this class of blocks do? Tried on a narrow one, on the CPU.
+
+    cfg, audio  as of Block        made_of  `classes` of the block in question, which may have been exchanged after it was built
+    """
     g, n, K, D = torch.Generator().manual_seed(0), 5, 2, 24
 
     def randn(*shape):
@@ -260,6 +268,8 @@ def follows(kind, cfg, audio):
     try:
         with torch.device("cpu"):
             block = kind(replace(cfg, dim=K * D, ffn_dim=96, n_head=K), audio).float()
+            if made_of not in (None, classes(block)):
+                raise TypeError("some of its parts were exchanged")
             for p in block.parameters():
                 p.copy_(randn(*p.shape) / (p[0].numel() if p.ndim > 1 else 1) ** 0.5)
             x, mod, rope, text = randn(1, n, K * D), randn(6, 1, 1, K * D), randn(2, n, 1, D // 2), randn(2, 1, 7, K, D)
@@ -283,12 +293,24 @@ def matrices(block):
     return attn.q, attn.k, attn.v, attn.o, cross.q, cross.o, block.ffn[0], block.ffn[2]
 
 
-def serves(block, x, cfg):
-    """Are these the kernels for this block, of a network of this Config, and these tokens x?"""
-    return len(x) == 1 and x.is_contiguous() and fp8.multiplies_fp8(x.device) and kernels.works(x.device) and \
-        follows(type(block), cfg, getattr(block, "inject", None) is not None) and \
-        all(isinstance(layer, fp8.FP8Linear) and layer.bias is not None and not any(side % fp8.ALIGN for side in layer.weight.shape)
-            for layer in matrices(block))
+def server(cfg):
+    """-> function(block, x, rope): are these the kernels for a block of a network of this Config, these tokens x and this RoPE?"""
+    same = cache(lambda *given: follows(given[0], cfg, *given[1:]))
+
+    @cache
+    def modules(block):
+        """All of a block that suits; none of another."""
+        suits = same(type(block), getattr(block, "inject", None) is not None, classes(block)) and \
+            all(type(layer) is fp8.FP8Linear and layer.bias is not None and not any(side % fp8.ALIGN for side in layer.weight.shape)
+                for layer in matrices(block))
+        return tuple(block.modules()) if suits else ()
+
+    def serves(block, x, rope):
+        if not (len(x) == 1 and x.is_contiguous() and rope.shape[2] == 1 and rope[0].is_contiguous() and fp8.multiplies_fp8(x.device) and
+                kernels.works(x.device) and (inside := modules(block))):
+            return False
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)      # which would not be called
+    return serves
 
 
 def fuse_qkv(net):

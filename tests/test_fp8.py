@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fast import fp8
-from fast.fp8 import E4M3, FP8Linear, dequantize, is_cast, layer_error, quantize, quantize_weight, quantized, relative_error, report, uses_fp8
+from fast.fp8 import E4M3, FP8Linear, dequantize, is_cast, layer_error, quantize, quantize_weight, quantized, relative_error, report, to_fp8, uses_fp8
 from fast.offload import stream
 from model import Config
 from tests.inputs import TINY, as_entries, as_stored, clip, empty, random_net
@@ -66,6 +66,14 @@ def test_damaged_weights_are_refused():
         quantize_weight(torch.tensor([1.0, 2.0, math.inf, 3.0])[:, None])
     with pytest.raises(ValueError, match="belongs to no linear layer"):
         empty(TINY, ["blocks.0.cross_norm.weight_scale"])
+
+
+def test_a_layer_of_a_fork_does_not_become_a_plain_one():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+    with pytest.raises(ValueError, match="0 is a Scaled, whose forward float8 weights would leave out"):
+        to_fp8(nn.Sequential(Scaled(16, 16)), ["0.weight_scale"])
 
 
 def test_linear_without_8_bit_cores():

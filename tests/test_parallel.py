@@ -161,6 +161,15 @@ def test_how_ranks_are_split(ranks, mode, heads, guidance, split):
     assert choose_split(ranks, mode, heads, guidance) == split
 
 
+@pytest.mark.parametrize("B", [1, 2])
+def test_what_comes_for_attention_lies_item_by_item(B):
+    """As kernels want it; of one item nothing is copied."""
+    ranks, came = Ranks.__new__(Ranks), []
+    ranks.runs, ranks.team, ranks.exchange = 2, None, lambda x, *lengths: came.append(x.contiguous()) or came[0]
+    y = ranks.to_heads(torch.randn(B, 3, 4, 8), [3, 3])
+    assert y.shape == (B, 6, 2, 8) and y.is_contiguous() and (y.data_ptr() == came[0].data_ptr()) is (B == 1)
+
+
 def test_ranks_that_do_not_divide_the_heads():
     with pytest.raises(ValueError, match="3 ranks do not divide the 40 heads of this network: start 1, 2, 4, 5, 8, 10, 16, 20, 40, 80 of them"):
         choose_split(3, "auto", 40, (4.5,))

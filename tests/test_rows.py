@@ -1,7 +1,7 @@
 """fast/rows.py computes what model.py's block computes, or does not run.  python -m pytest -s tests/test_rows.py"""
+import copy
 import os
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -10,12 +10,16 @@ from test_model import VARIANTS, small_clip, small_net
 
 import live
 import model
-from fast import blocks, kernels, padding, rows
+from fast import attention8, blocks, kernels, padding, rows
 from fast.blocks import FastDenoiser
 from fast.fp8 import FP8Linear
 from fast.rings import GPURing
 from fast.rings8 import Ring8
 from model import Block, Config, RMSNorm
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True
 
 
 @pytest.mark.parametrize("task, extra", VARIANTS)
@@ -27,7 +31,7 @@ def test_a_denoiser_of_rows_is_the_plain_one(task, extra, chunk, trims, monkeypa
     net = small_net(task)
     latents, t, arguments = small_clip(net, **extra)
     fast = FastDenoiser(net, chunk=chunk)
-    fast.serves, fast.trims, want = lambda block, x: True, trims, net(latents, t, net.prepare(**arguments))
+    fast.serves, fast.trims, want = lambda *given: True, trims, net(latents, t, net.prepare(**arguments))
     relative = gap(fast(latents, t, fast.prepare(**arguments)), want)
     print(f"{task} {extra} chunks of {chunk}: relative L2 {relative:.1e}")
     assert relative < 2e-6 and {id(block) for block in ran} == {id(block) for block in net.blocks}
@@ -78,7 +82,7 @@ def test_a_fork_runs_its_own_functions(capsys, monkeypatch):
     cfg = Config()
     assert rows.follows(Block, cfg, False) and rows.follows(Block, replace(cfg, audio_dim=0, eps=1e-5), True) and capsys.readouterr().err == ""
     for kind in (Doubled, Projected, OtherActivation, Built, other_norm(torch.nn.LayerNorm), other_norm(PlusOne)):
-        assert not rows.follows(kind, cfg, False) and not rows.follows(kind, cfg, False)
+        assert not rows.follows(kind, cfg, False)
         assert capsys.readouterr().err.count(f"fast/rows.py does not compute what {kind.__name__}.project and finish do") == 1
     assert rows.follows(AudioBlocks, cfg, False) and not rows.follows(AudioBlocks, cfg, True)
     assert rows.follows(Configured, replace(cfg, eps=1e-9), False) and not rows.follows(Configured, cfg, False)
@@ -90,27 +94,81 @@ def test_a_fork_runs_its_own_functions(capsys, monkeypatch):
 def test_a_changed_function_of_the_model_is_noticed(part, monkeypatch):
     whole = getattr(model, part)
     monkeypatch.setattr(model, part, lambda *args: 1.01 * whole(*args))
-    assert not rows.follows.__wrapped__(Block, Config(), False)
+    assert not rows.follows(Block, Config(), False)
 
 
-def test_float8_blocks_on_a_gpu_alone_are_served(monkeypatch):
-    net, x = small_net("s2v"), torch.zeros(1, 2, 3)
-    block = net.blocks[0]
+def test_another_attention_has_no_kernels(monkeypatch):
+    """One that is softer: rows.py, keys apart and 8 bits leave it to itself."""
+    def softer(q, k, v, layer=None):
+        return plain(q / 2, k, v)
+    plain = model.attention
+    assert kernels.know_attention()
+    for module in (model, padding, rows):
+        monkeypatch.setattr(module, "attention", softer)
+    monkeypatch.setattr(attention8, "know_attention", kernels.know_attention.__wrapped__)
+    assert not kernels.know_attention.__wrapped__() and not rows.follows(Block, Config(), False)
+    with pytest.raises(ValueError, match="8-bit attention wants model.attention to be a plain softmax"):
+        attention8.check(torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.kernels, "know_attention", kernels.know_attention.__wrapped__)
+        patch.setattr(blocks.kernels, "works", lambda device: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        patch.setattr(torch.backends.cuda, "SDPAParams", lambda *given: None)
+        patch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda given: True)
+        q = torch.zeros(1, 5, 2, 64).as_subclass(OnGPU)
+        assert not blocks.takes_last_keys_apart(q)
+        patch.setattr(model, "attention", plain)
+        assert blocks.takes_last_keys_apart(q)
 
-    def served(x=x, cfg=net.cfg):
-        return rows.serves(block, x, cfg)
-    assert not served()
+
+def float8(block):
+    """In place: its matrices become layers of 8 bits, of no numbers in particular."""
+    for layers, names in ((block.self_attn, "qkvo"), (block.cross_attn, "qo")):
+        for name in names:
+            setattr(layers, name, FP8Linear(32, 32))
+    block.ffn[0], block.ffn[2] = FP8Linear(32, 64), FP8Linear(64, 32)
+    return block
+
+
+class Adapted(FP8Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@dataclass(frozen=True)
+class Listed(Config):
+    window: list = field(default_factory=lambda: [-1, -1])
+
+
+def test_float8_blocks_on_a_gpu_alone_are_served(monkeypatch, capsys):
+    net, x, rope = small_net("s2v"), torch.zeros(1, 2, 3), torch.zeros(2, 9, 1, 4)[:, 3:5]
+
+    def served(change=lambda block: None, x=x, rope=rope, cfg=net.cfg):
+        block = copy.deepcopy(net.blocks[0])
+        change(block)
+        return rows.server(cfg)(block, x, rope)
+    assert not served(float8)
     monkeypatch.setattr(rows.fp8, "multiplies_fp8", lambda device: True)
     monkeypatch.setattr(rows.kernels, "works", lambda device: True)
     assert not served()
-    for layer, wanted in ((FP8Linear(16, 16), True), (FP8Linear(16, 16, bias=False), False), (FP8Linear(16, 24), False)):
-        monkeypatch.setattr(rows, "matrices", lambda block, layer=layer: [layer])
-        assert served() == wanted
-    monkeypatch.setattr(rows, "matrices", lambda block: [FP8Linear(16, 16)])
+    for block in net.blocks:
+        float8(block)
+    assert served() and served(blocks.use_forms_for_compiler) and served(cfg=Listed())
+    assert not served(x=x.expand(2, 2, 3)) and not served(x=x.mT) and served(rope=rope.half())
+    for other in (torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 1, 8)[..., ::2], torch.zeros(2, 1, 1, 4).expand(2, 2, 1, 4)):
+        assert not served(rope=other)
+    for layer in (FP8Linear(32, 32, bias=False), FP8Linear(32, 24), torch.nn.Linear(32, 32)):
+        assert not served(lambda block, layer=layer: setattr(block.cross_attn, "q", layer))
+    assert not served(lambda block: block.ffn[2].register_forward_hook(lambda *given: None))
+    assert not served(lambda block: block.self_attn.norm_q.register_forward_pre_hook(lambda *given: None)) and capsys.readouterr().err == ""
+    for name, other in (("q", Adapted(32, 32)), ("norm_q", PlusOne(32, 1e-6))):
+        assert not served(lambda block, name=name, other=other: setattr(block.self_attn, name, other))
+        assert capsys.readouterr().err.count("TypeError: some of its parts were exchanged") == 1
     monkeypatch.setattr(blocks, "compiled", lambda function: function)
-    assert not served(x.expand(2, 2, 3)) and not served(x.mT) and FastDenoiser(net, compile=True).serves(block, x)
-    monkeypatch.setattr(rows, "follows", lambda *given: given != (Block, net.cfg, True))
-    assert not served() and not FastDenoiser(net, compile=True).serves(block, x) and not FastDenoiser(net).serves(net.blocks[1], x)
+    fast = FastDenoiser(net, compile=True)
+    assert all(fast.serves(block, x, rope) for block in net.blocks) and not FastDenoiser(net).serves(net.blocks[0], x, rope)
+    monkeypatch.setattr(rows, "follows", lambda *given: given[:3] != (Block, net.cfg, True))
+    assert not served() and FastDenoiser(net, compile=True).serves(net.blocks[1], x, rope) is (net.blocks[1].inject is None)
 
 
 def test_weights_that_adjacent_are_one_matrix():
@@ -190,7 +248,19 @@ class Longer(model.Denoiser):
         return replace(cond, layers=tuple(layer._replace(text=torch.cat([layer.text, layer.text[:, :, :2]], dim=2)) for layer in cond.layers))
 
 
-@pytest.mark.parametrize("kind", [model.Denoiser, Placed, Unpadded, Longer])
+@dataclass(frozen=True)
+class StrongCond(model.Cond):
+    strength: float = 1.0
+
+
+class Strong(model.Denoiser):
+    """Conditions of its own."""
+
+    def prepare(self, **given):
+        return StrongCond(**vars(super().prepare(**given)), strength=2.0)
+
+
+@pytest.mark.parametrize("kind", [model.Denoiser, Placed, Unpadded, Longer, Strong])
 def test_one_key_for_the_padding_where_it_is_alike(kind, monkeypatch):
     """Of a fork's as of ours; what is computed is the same either way, and a compiled denoiser alone trims."""
     torch.manual_seed(0)
@@ -221,6 +291,19 @@ def test_a_long_prompt_keeps_its_padding(S, words, trimmed):
     assert (found is not cond) is trimmed and padding.pads_of(cond) == 1
     if trimmed:
         assert found.pads == S - words and found.grid == cond.grid and [layer.text.shape[2] for layer in found.layers] == [words + 1] * 2
+
+
+@torch.no_grad()
+def test_keys_of_a_fork_that_lie_otherwise_are_made_contiguous():
+    """Keys and values of one product, (n, 2C) for two times (n, C)."""
+    both = torch.randn(1, 20, 2 * 2 * 16)
+    both[:, 5:] = both[:, -1:].clone()
+    text = both.unflatten(2, (2, 2, 16)).permute(2, 0, 1, 3, 4)
+    cond = padding.trim(model.Cond((1, 1, 1), (), None, (model.LayerCond(text),)), 5)
+    few = cond.layers[0].text
+    assert few.is_contiguous() and torch.equal(few, text[:, :, :6]) and not text.is_contiguous()
+    q = torch.randn(1, 7, 2, 16)
+    assert gap(padding.attend(q, few, cond.pads), model.attention(q, *text)) < 1e-6
 
 
 @pytest.mark.parametrize("place", [5, 12, 19])
@@ -261,14 +344,9 @@ def test_kernels_in_the_interpreter(gate, normed, rotated):
     assert gap(out, want) < 8e-3
 
 
-class OnGPU(torch.Tensor):
-    is_cuda = True
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton, TRITON_INTERPRET=1 and no GPU")
 @pytest.mark.parametrize("words", [0, 3, 63, 64, 255])
-def test_one_key_for_all_the_padding_in_the_interpreter(words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+def test_one_key_for_all_the_padding_in_the_interpreter(words):
     g = torch.Generator().manual_seed(0)
     q, text = torch.randn(1, 70, 2, 64, generator=g), torch.randn(2, 1, 300, 2, 64, generator=g)
     text[:, :, words:] = text[:, :, -1:]
