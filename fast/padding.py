@@ -78,7 +78,7 @@ def attend(q, text, pads):
     (_, n, K, D), S = q.shape, text.shape[2]
     if pads > 1 and not q.is_cuda:                                   # what the kernel computes, whatever a fork's attention is
         k, v = text.transpose(2, 3)                                  # (1, K, S, D)
-        more = math.log(pads) * (torch.arange(S) == S - 1)
+        more = math.log(pads) * (torch.arange(S, device=q.device) == S - 1)
         return (torch.softmax(q.transpose(1, 2) @ k.mT / D ** 0.5 + more, dim=-1) @ v).transpose(1, 2).flatten(2)
     if pads == 1 or D not in (16, 32, 64, 128):                      # the kernel's widths
         return attention(q, *whole(text, pads))
