@@ -204,8 +204,10 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         sound = from_pipe(microphone, checkpoint, o, fps, plan.frames, under.hear if alone else video.samples.append)
     else:
         from media.sound import cut
-        kept = speech.recording
-        under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, cut(speech.path, kept, speech.start, speech.duration))
+        from media.video import full_scale
+        kept, scale = speech.recording, full_scale(speech.path, speech.recording) if plan.line.last else 1.0
+        pieces = (piece / scale for piece in cut(speech.path, kept, speech.start, speech.duration))
+        under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, pieces)
         sound = from_file(speech, checkpoint, o, fps, plan.frames)
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
     if not alone:

@@ -44,12 +44,20 @@ class Sound:
     start: float         # first second used
     seconds: float       # length used
     delay: float         # silence before it
-    loudness: float      # its peak, where 1 is full scale
+    scale: float         # of its samples: what they are divided by
     as_is: bool          # the whole file, not shifted nor damaged, AAC of one or two channels: every player has that; mp4 may hold more
 
     @property
     def end(self):
         return self.delay + self.seconds
+
+
+def full_scale(path, recording):
+    """What the samples of a file are divided by before they are written: 1, or its peak where that is of another scale, which is said."""
+    if recording.peak <= LOUD:
+        return 1.0
+    warn(f"{path} has samples up to {recording.peak:.3g}, where 1 is full scale: its sound is written {recording.peak:.3g} times quieter")
+    return recording.peak
 
 
 def open_sound(path, start=0.0, duration=None, shift=0.0):
@@ -65,9 +73,7 @@ def open_sound(path, start=0.0, duration=None, shift=0.0):
     whole = begin == 0 and shift <= 0 and end == length and recording.clean and recording.channel is None
     plays = info.audio_codec == "aac" and info.audio_layout in MONO_STEREO
     as_is = whole and plays and info.video_codec is None and _without_gaps(path)      # beside a picture, sound may not start at 0
-    if recording.peak > LOUD:
-        warn(f"{path} has samples up to {recording.peak:.3g}, where 1 is full scale: its sound is written {recording.peak:.3g} times quieter")
-    return Sound(path, recording, begin, end - begin, max(0.0, shift), recording.peak, as_is)
+    return Sound(path, recording, begin, end - begin, max(0.0, shift), full_scale(path, recording), as_is)
 
 
 def _without_gaps(path):
@@ -93,7 +99,7 @@ def mux(folder, files, fps, sound, seconds, target, limit=LIMIT):
         samples = cut(sound.path, sound.recording, sound.start, min(sound.seconds, seconds - sound.delay))
     with feeding(*picture, *out, *CONTAINER, target, folder=folder, limit=limit) as encoder:
         for part in samples:
-            encoder.stdin.write(np.ascontiguousarray(part / sound.loudness if sound.loudness > LOUD else part, "<f4"))
+            encoder.stdin.write(np.ascontiguousarray(part / sound.scale, "<f4"))
 
 
 # ---- out

@@ -40,7 +40,8 @@ from fast.fp8 import relative_error
 from fast.rings import BlockGraphs, GPURing
 from fast.rings8 import value_scales
 from fast.stills import still
-from media.ffmpeg import probe
+from media.ffmpeg import ffmpeg_command, probe
+from media.frames import read_frames
 from model import Config, Denoiser, rope_table
 from test_parity import GOLDEN, entries
 from tiny import metrics, over_time, random_weights, streams
@@ -445,6 +446,22 @@ def test_the_picture_is_spoken_of(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "expected", lambda *_: 25.0)
     assert sample.cli(["--live", "--image", str(tmp_path / "a.png"), "--audio", VOICE, "--out", str(tmp_path / "a.mp4")]) == 0
     assert "picture  2000x50, of which the middle 200x50 is seen" in capsys.readouterr().out
+
+
+def test_sound_of_another_scale_is_written_quieter(tmp_path, capsys):
+    """As of a clip: at such peaks the AAC encoder never ended. The mouth moves the same."""
+    samples, rate = soundfile.read(VOICE, frames=16000)
+    heard, seen = [], []
+    for scale in (1, 2e7):
+        audio, path = (str(tmp_path / f"{scale}.{kind}") for kind in ("wav", "mp4"))
+        soundfile.write(audio, scale * samples, rate, "FLOAT")
+        assert sample.cli(["--live", "--size", "64x64", "--image", FACE, "--audio", audio, "--out", path]) == 0
+        assert (f"{audio} has samples up to" in capsys.readouterr().err) is (scale > 1)
+        sound = subprocess.run(ffmpeg_command("-v", "error", "-i", path, "-f", "f32le", "-"), capture_output=True, timeout=60).stdout
+        heard.append(np.frombuffer(sound, np.float32))
+        seen.append(np.stack(list(read_frames(path))).astype(float))
+    assert 0.9 < np.abs(heard[1]).max() < 1.1 and np.corrcoef(*heard)[0, 1] > 0.98
+    assert seen[0].shape == seen[1].shape and np.abs(seen[0] - seen[1]).mean() < 0.5
 
 
 @pytest.mark.parametrize("given", [["--fps", "16"], ["--raw"], ["--rings8"], ["--lora", "a"], ["--audio", "-"], ["--out", "-"]])
