@@ -22,7 +22,6 @@ from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from fast.estimate import estimate_seconds, forward_flops, other_seconds
@@ -32,6 +31,7 @@ from jobs import lock, stop
 from jobs.explain import explain
 from jobs.live_plan import check_stream
 from jobs.parts import difference, made_from, safely
+from media.ffmpeg import FFmpegError, probe
 from media.video import check_output, is_folder
 
 SOUNDS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff", ".ac3", ".wma", ".mka")     # no films: those are results
@@ -53,6 +53,8 @@ class Job:
     args: argparse.Namespace = None
     pipeline: object = None
     made: dict = None            # from `made_from`
+    record: dict = None          # in the summary, see there; and that of a run before this one
+    earlier: dict = None
     work: float = 0.0            # operations of its denoising
     seconds: float = 0.0         # that it took
 
@@ -79,8 +81,10 @@ def run_batch(args, program):
                 summary.merge()
         finally:
             if not (world and world.rank):
-                summary.write()
-                print(summary)
+                try:
+                    summary.write()
+                finally:
+                    print(summary)
     return 0 if all(job.state.startswith("done") for job in jobs) else 2
 
 
@@ -117,7 +121,10 @@ def read_jobs(args):
     else:
         if not os.path.isfile(path):
             raise ValueError(f"wanted a file with a job a line, or a folder of sounds, got {path}, which is neither")
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in data:
+            raise ValueError(f"wanted a text file with a job a line, in UTF-8, got {path}, which is none")
+        lines = data.splitlines()
         jobs = [read_line(n, line) for n, line in enumerate(filter(bytes.strip, lines), 1)]
         wanted = 'a job a line, such as {"audio": "a.wav", "image": "b.png"}'
     if not jobs:
@@ -219,7 +226,7 @@ def check(job, program, pipelines, outs, inputs, summary):
     with redirect_stderr(StringIO()):                                # warnings come when the job does
         plan = job.pipeline.plan(**{field.name: getattr(args, field.name) for field in fields(RunConfig) if field.name not in job.pipeline.choices})
     job.made = made_from(plan, job.pipeline.checkpoint) | dict(av_offset=args.av_offset)
-    if summary.is_done(job):
+    if summary.is_done(job, plan):
         job.state = "done before"
         return
     check_output(job.out, inputs=(args.audio, args.image, args.pose_video))
@@ -249,13 +256,25 @@ def make_many(pipeline, jobs):
     results, outs = [], set()
     for job in jobs:
         try:
+            if not isinstance(job, dict):
+                raise ValueError(f"every job is a dict of arguments, got {job!r:.60}")
             if job.get("out") is None or (real := os.path.realpath(job["out"])) in outs:
                 raise ValueError(f"every job wants an out of its own, got {job.get('out')}")
             results.append(pipeline(**job | dict(keep_frames=False)))
             outs.add(real)
-        except (ValueError, TypeError, OSError, torch.OutOfMemoryError) as error:
-            results.append(type(error)(str(error)))                  # anew: the traceback would keep what the job held
+        except Exception as error:
+            if stop.number:
+                raise
+            results.append(anew(error))
     return results
+
+
+def anew(error):
+    """The same error without its traceback, which would keep what a job held."""
+    try:
+        return type(error)(str(error))
+    except TypeError:                                                # a class that wants more
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def make_all(jobs, program, summary, world=None):
@@ -282,7 +301,10 @@ def make_all(jobs, program, summary, world=None):
         except BaseException:                                        # Ctrl-C
             if job.state == "running":
                 job.state = "stopped"
+                summary.forget(job)
             raise
+        if job.state == "failed":
+            summary.forget(job)
         summary.write()
 
 
@@ -329,7 +351,7 @@ class Summary:
     def count(self, state):
         return sum(job.state.startswith(state) for job in self.jobs)
 
-    def is_done(self, job):
+    def is_done(self, job, plan):
         """Whether its result is there.  raises ValueError if something else is there"""
         record, there, unfinished = self.made.get(self.key(job)), stamp(job.out), os.path.exists(job.out.rstrip("/") + ".parts")
         if there is None:
@@ -337,7 +359,7 @@ class Summary:
         same = record is not None and record["from"] == job.made
         if same and "after" in record and there[0] == record["after"][0]:
             return True
-        if same and "after" not in record and there != record.get("before"):      # killed between the last rename and our note of it
+        if same and "after" not in record and there != record.get("before") and looks_like(job.out, plan):   # killed behind the last rename
             return not unfinished
         if job.args.restart:
             return False
@@ -347,9 +369,16 @@ class Summary:
         raise ValueError(f"{job.out} {what}: move it, give another \"out\", or add --restart to make it again")
 
     def begin(self, job):
-        job.state = "running"
-        self.made[self.key(job)] = {"from": job.made, "before": stamp(job.out)}
+        job.state, job.earlier, job.record = "running", self.made.get(self.key(job)), {"from": job.made, "before": stamp(job.out)}
+        self.made[self.key(job)] = job.record
         self.write()
+
+    def forget(self, job):
+        """It was not made: what comes to lie there later must not be taken for it."""
+        if job.record is not None and job.record["before"] == stamp(job.out):
+            self.made |= {self.key(job): job.earlier}
+            if job.earlier is None:
+                del self.made[self.key(job)]
 
     def finish(self, job):
         job.state = "done"
@@ -363,14 +392,29 @@ class Summary:
                 for job in self.jobs]
         counts = dict(done=self.count("done"), failed=self.count("failed"))
         text = json.dumps(counts | dict(left=len(jobs) - sum(counts.values()), jobs=jobs, made=self.made), indent=1)
-        with safely(self.path) as path:
-            path.write_text(text + "\n", encoding="utf8")
+        try:
+            with safely(self.path) as path:
+                path.write_text(text + "\n", encoding="utf8")
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}, which says what is done ({error.strerror or error}): once it can be, the same command goes on") \
+                from None
 
     def __str__(self):
         counts = ", ".join(f"{count} {words}" for state, words in (("failed", "failed"), ("waiting", "not begun"), ("stopped", "stopped"))
                            if (count := self.count(state)))
         lines = [f"{job.number:>8}  {job}" for job in self.jobs]
         return "\n".join((f"\nbatch    {self.count('done')} of {len(self.jobs)} done{', ' if counts else ''}{counts}; see {self.path}", *lines))
+
+
+def looks_like(path, plan):
+    """Could this video, or folder of PNG frames, be what a plan has made?"""
+    if os.path.isdir(path):
+        return 0 < len(os.listdir(path)) <= plan.frames
+    try:
+        info = probe(path)
+    except (OSError, ValueError, FFmpegError):
+        return False
+    return (info.width, info.height) == (plan.width, plan.height) and 0 < info.frames <= plan.frames
 
 
 def stamp(path):

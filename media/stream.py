@@ -4,7 +4,6 @@ A fragmented mp4 has no index at its end: each fragment of half a second says wh
 written under another name, out.partial.mp4, and takes its own when it is finished: one that was there before stays until then.
 Axes    P frames   H W height and width in pixels
 """
-import itertools
 import os
 import queue
 import subprocess
@@ -17,7 +16,7 @@ import torch
 
 from media import mp3
 from media.ffmpeg import ffmpeg_command, last_line
-from media.video import MONO_STEREO, QUALITY, TO_YUV
+from media.video import MONO_STEREO, QUALITY, TO_YUV, meanwhile
 
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
@@ -25,20 +24,6 @@ WAITING = 24                 # frames: ffmpeg takes none while its sound is 0.1 
 PATIENCE = 2                 # seconds for those that wait, after an error, and for the encoder
 KNOWN = ["-probesize", "32", "-analyzeduration", "0"]                # of inputs: read nothing ahead to find out what is said already
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
-
-
-def meanwhile(path):
-    """Make the file that is written until it is finished, empty, under a name that no other file has -> its name. A pipe or device stays what it is."""
-    if isinstance(path, int) or os.path.exists(path) and not os.path.isfile(path):
-        return path
-    stem, suffix = os.path.splitext(path)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for n in itertools.count():
-        try:
-            os.close(os.open(name := f"{stem}.partial{n or ''}{suffix}", os.O_CREAT | os.O_EXCL, 0o666))
-            return name
-        except FileExistsError:                                      # of another run, which may have begun this moment
-            pass
 
 
 class StreamWriter:

@@ -214,6 +214,20 @@ def _check_encoder():
         raise ValueError(error) from None
 
 
+def meanwhile(path):
+    """Make the file that is written until it is finished, empty, under a name that no other file has -> its name. A pipe or device stays what it is."""
+    if isinstance(path, int) or os.path.exists(path) and not os.path.isfile(path):
+        return path
+    stem, suffix = os.path.splitext(path)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    for n in itertools.count():
+        try:
+            os.close(os.open(name := f"{stem}.partial{n or ''}{suffix}", os.O_CREAT | os.O_EXCL, 0o666))
+            return name
+        except FileExistsError:                                      # of another run, which may have begun this moment
+            pass
+
+
 class VideoWriter:
     """Writes clips as they are made: H.264 yuv420p at the true frame rate, with the original sound, ending at the shorter of the two.
 
@@ -244,10 +258,6 @@ class VideoWriter:
 
     def __enter__(self):
         self.parts.open()
-        if not (self.parts.partial or self.as_frames):
-            stem, suffix = os.path.splitext(os.path.basename(self.path))
-            names = (f"{stem}.partial{n or ''}{suffix}" for n in itertools.count())
-            self.parts.partial = next(name for name in names if not self.parts.output.with_name(name).exists())      # one of another run stays
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -307,6 +317,9 @@ class VideoWriter:
         if self.as_frames or not self.playable < self.parts.done < self.parts.total or begin < self.renew_after:
             return
         with self.parts.errors():
+            if not self.parts.partial:
+                self.parts.partial = os.path.basename(meanwhile(self.path))
+                self.parts.commit(self.parts.clips, self.parts.states)                       # which names it
             os.replace(self._join("partial.mp4", limit), self.parts.output.with_name(self.parts.partial))
         self.playable, self.renew_after = self.parts.done, time.monotonic() + 99 * (time.monotonic() - begin)
 

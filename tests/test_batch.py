@@ -18,7 +18,7 @@ from ranks import stoppable
 import sample
 from formats.checkpoints import Checkpoint
 from jobs.batch import Summary, run_batch
-from media.ffmpeg import probe
+from media.ffmpeg import probe, run
 from tests import kill_runs
 from wan_s2v import WanS2VPipeline
 
@@ -120,17 +120,71 @@ def test_killed_twice_and_run_again(tmp_path, capsys):
         assert (tmp_path / "alone.mp4").read_bytes() == path.read_bytes()
 
 
-def test_killed_before_it_was_noted(tmp_path, made):
-    """The video has its name, the summary does not know yet: it is finished, and not made again."""
+@pytest.mark.parametrize("size, frames, same", [("64x64", 4, True), ("32x64", 4, False), ("64x64", 200, False), (None, 0, False)])
+def test_killed_before_it_was_noted(tmp_path, made, size, frames, same, capsys):
+    """The video has its name, the summary does not know yet: it is finished, and not made again. Something else that lies there is not taken for it."""
     sounds(tmp_path, "a.wav")
-    command, log = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}]), tmp_path / "jobs.summary.json"
+    command, log, out = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}]), tmp_path / "jobs.summary.json", tmp_path / "a.mp4"
     assert sample.cli(command) == 0
     record = summary(log)
     del record["made"]["a.mp4"]["after"]
     log.write_text(json.dumps(record))
-    assert sample.cli(command) == 0 and made == ["a.mp4"] and states(log) == ["done before"]
-    os.remove(tmp_path / "a.mp4")
+    if size:
+        run("-f", "lavfi", "-i", f"color=size={size}:rate=16", "-frames:v", str(frames), "-y", str(out))
+    assert sample.cli(command) == (0 if same else 2) and made == ["a.mp4"] and states(log) == ["done before" if same else "failed"]
+    assert same or f"{out} was changed since" in capsys.readouterr().err
+    os.remove(out)
     assert sample.cli(command) == 0 and made == ["a.mp4"] * 2
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, OSError("no room")])
+def test_a_job_that_was_not_made_owns_nothing(tmp_path, made, monkeypatch, capsys, ends):
+    """Stopped or failed; then somebody else's file lies there."""
+    sounds(tmp_path, "a.wav", "b.wav")
+    command, out = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}, {"audio": "b.wav"}]), tmp_path / "a.mp4"
+    make = sample.make_video
+
+    def fail(pipeline, args):
+        raise ends
+    for job in ("first", "again"):                                   # again: what an earlier run has made is not forgotten
+        monkeypatch.setattr(sample, "make_video", fail)
+        assert sample.cli([*command, *(["--seed", "7"] if job == "again" else []), "--restart"]) in (130, 2)
+        if job == "first":
+            out.write_text("somebody else's")
+            monkeypatch.setattr(sample, "make_video", make)
+            assert sample.cli(command) == 2 and made == ["b.mp4"] and out.read_text() == "somebody else's"
+            assert f"{out} is there already and not made by this batch" in capsys.readouterr().err
+            assert sample.cli([*command, "--restart"]) == 0 and sorted(made) == ["a.mp4", "b.mp4", "b.mp4"][:len(made)]
+        else:
+            before = made.copy()
+            monkeypatch.setattr(sample, "make_video", make)
+            assert sample.cli(command) == 0 and made == before
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, made, monkeypatch, capsys):
+    """What became of each job is printed all the same."""
+    sounds(tmp_path, "a.wav", "b.wav")
+    command = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}, {"audio": "b.wav"}])
+    write_text = Path.write_text
+
+    def write(path, *text, **how):
+        if made:
+            raise OSError(28, "No space left on device")
+        return write_text(path, *text, **how)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write)
+        patch.setattr(sample, "make_video", lambda pipeline, args: made.append(args.out))
+        assert sample.cli(command) == 2
+    said = capsys.readouterr()
+    assert f"error: cannot write {tmp_path}/jobs.summary.json, which says what is done (No space left on device): once it can" in said.err
+    assert "batch    1 of 2 done" in said.out and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("data", [b"fLaC\0\0\0\x22" * 9, '{"audio": "a.wav"}'.encode("utf16")])
+def test_a_batch_that_is_no_text(tmp_path, data, capsys):
+    (tmp_path / "jobs").write_bytes(data)
+    assert sample.cli(["--batch", str(tmp_path / "jobs"), "--image", FACE, *QUICK]) == 2
+    assert "error: wanted a text file with a job a line, in UTF-8, got" in capsys.readouterr().err and os.listdir(tmp_path) == ["jobs"]
 
 
 def test_ctrl_c_while_the_summary_is_written(tmp_path, made, monkeypatch):
@@ -267,7 +321,8 @@ def test_batch_from_python(tmp_path):
     job = dict(audio_path=VOICE, image_path=FACE, height=64, width=64, num_inference_steps=1, clip_frames=16, clips=1, quiet=True)
     one, two = str(tmp_path / "one.mp4"), str(tmp_path / "two.mp4")
     results = pipeline.batch([job | dict(out=one), job | dict(out=two, audio_path="no.wav"), job | dict(out=f"{tmp_path}/./one.mp4"), job,
-                              job | dict(out=two, sede=3), job | dict(out=two)])
-    assert results[0] == one and [type(result) for result in results[1:5]] == [ValueError, ValueError, ValueError, TypeError]
-    assert "no.wav" in str(results[1]) and "an out of its own" in str(results[2]) and "did you mean seed" in str(results[4])
-    assert all(result.__traceback__ is None for result in results[1:5]) and probe(one).frames == 13 and os.path.isfile(results[5])
+                              job | dict(out=two, sede=3), job | dict(out=two, prompt=None), "two.mp4", job | dict(out=two)])
+    assert results[0] == one and [type(result) for result in results[1:7]] == [ValueError, ValueError, ValueError, TypeError, ValueError, ValueError]
+    for result, words in zip(results[1:7], ("no.wav", "an out of its own", "an out of its own", "did you mean seed", "prompt", "a dict of arguments")):
+        assert words in str(result) and result.__traceback__ is None
+    assert probe(one).frames == 13 and os.path.isfile(results[7])

@@ -352,6 +352,35 @@ def test_room_is_asked_for_before_the_work(tmp_path, monkeypatch, capsys):
     assert "MiB are free: make room" in capsys.readouterr().err and left(tmp_path) == []
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile", "between"])
+def test_what_can_be_watched_takes_nobody_elses_name(tmp_path, when):
+    """A stream's frames that lie under it stay, whenever they came."""
+    other, out = tmp_path / "a.partial.mp4", str(tmp_path / "a.mp4")
+
+    def writer():
+        return VideoWriter(out, (64, 64), parts=Parts(out, {}, total=3))
+    def comes(now):
+        if now == when:
+            other.write_text("a stream's")
+    comes("before")
+    first = writer().__enter__()
+    comes("meanwhile")
+    first.write(torch.zeros(3, 4, 64, 64))
+    if when == "between":                                            # killed before there was anything to watch
+        first.parts.close()
+        comes("between")
+    else:
+        first.renew_partial()
+        first.leave()
+        assert left(tmp_path) == ["a.mp4.parts", "a.partial.mp4", "a.partial1.mp4"]
+    with writer() as again:
+        assert again.parts.done == 1
+        again.write(torch.zeros(3, 4, 64, 64))
+        again.renew_partial()
+        assert other.read_text() == "a stream's" and probe(tmp_path / "a.partial1.mp4").frames == 8
+    assert left(tmp_path) == ["a.mp4", "a.partial.mp4"] and other.read_text() == "a stream's"
+
+
 def test_a_folder_that_goes_away_meanwhile(tmp_path, monkeypatch, capsys, unbroken):
     """Renamed after the first clip: one line; in its new place the same goes on."""
     (tmp_path / "a").mkdir()
