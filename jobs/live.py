@@ -2,6 +2,7 @@
 import math
 import os
 import queue
+import stat
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from fast.relay import Relay
 from fast.stills import still
 from jobs import stop
 from jobs.live_plan import FRAMES, expected, make_plan, own_experts, ring_class
-from media.given import default_float32
+from media.given import default_float32, warn_unless_known
 from media.pictures import fit_picture, load_image
 from media.sound import RATE
 from media.stream import WAITING, StreamWriter, named_format, pcm
@@ -39,7 +40,12 @@ def open_live(checkpoint, plan, replace_ref=False):
         encoder = checkpoint.load("text", o.device, o.dtype)
         text = encode_prompt(encoder, Tokenizer(checkpoint.tokenizer, checkpoint.configs["denoiser"].text_len), o.prompt)[None]
         del encoder
-        return text, *still(vae, fit_picture(load_image(o.image), (plan.height, plan.width)).to(o.device)[None, :, None])
+        picture = fit_picture(load_image(o.image), (plan.height, plan.width)).to(o.device)[None, :, None]
+        if "picture_db" in checkpoint.sampling:                      # a checkpoint of drawn faces
+            from tiny import faces
+            faces.warn_unless_known(o.prompt)
+            warn_unless_known(vae, picture, o.image, checkpoint.sampling["picture_db"])
+        return text, *still(vae, picture)
     if line.last:
         vae = checkpoint.load("vae", o.device, o.vae_dtype)
         from fast.convolution import use_kernels
@@ -127,6 +133,15 @@ def ahead(blocks, device):
         yield block
 
 
+def unchanged(pieces, path, samples):
+    """The same pieces of a sound file, at least so many samples.  raises ValueError if there are fewer: ffmpeg would wait for them"""
+    for piece in pieces:
+        samples -= len(piece)
+        yield piece
+    if samples > 0:
+        raise ValueError(f"{path} has become shorter since it was examined: leave it as it is while a video is made")
+
+
 class Under:
     """The sound under the picture: samples come in pieces of any length, leave as long as the frames they go with.
 
@@ -165,13 +180,17 @@ class Under:
 def run_live(args, sample):
     """-> exit status"""
     pipe, stop.kept = None, "nothing was written"
+    from media.video import SUFFIXES, check_not_read, check_output, is_folder
     if args.out == "-":                                              # what is printed must not come between the bytes
         if 1 in stop.closed:
             raise ValueError("--out - wants standard output open, it is closed: name a file, or leave out >&-")
+        if os.isatty(1):
+            raise ValueError("--out - writes a video, and standard output is a terminal: pipe it into a player, or name a file")
+        if stat.S_ISREG(os.fstat(1).st_mode):
+            check_not_read(1, (args.audio, args.image, 0 if args.audio == "-" else None))
         pipe = os.dup(1)
         os.dup2(2, 1)
     else:
-        from media.video import SUFFIXES, check_not_read, check_output, is_folder
         if os.path.isdir(args.out):
             raise ValueError(f"--live wants a file for --out, got the folder {args.out}: name one in it, as {os.path.join(args.out, 'out.mp4')}")
         if (os.path.splitext(args.out)[1].lower() in SUFFIXES) == args.raw or is_folder(args.out):
@@ -206,7 +225,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         from media.sound import cut
         from media.video import full_scale
         kept, scale = speech.recording, full_scale(speech.path, speech.recording) if plan.line.last else 1.0
-        pieces = (piece / scale for piece in cut(speech.path, kept, speech.start, speech.duration))
+        pieces = unchanged(cut(speech.path, kept, speech.start, speech.duration), speech.path, int((plan.seconds - 0.05) * kept.rate))
+        pieces = (piece / scale for piece in pieces)
         under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, pieces)
         sound = from_file(speech, checkpoint, o, fps, plan.frames)
     print(f"ready    {time.perf_counter() - start:.1f} s after the start", flush=True)
@@ -239,8 +259,10 @@ def stream(plan, speech, checkpoint, args, pipe, start):
             print(f"{what} kept as {writer.file}", file=sys.stderr)
         raise
     print(f"speed    {clock}")
+    lost = 0.0 if plan.seconds is None or args.raw else plan.seconds + shift - writer.frames / fps
     print(f"wrote    {'the pipe' if pipe is not None else args.out}: {writer.frames} frames of {plan.width}x{plan.height}, "
-          f"{writer.frames / fps:.3f} s at {fps:g} fps", flush=True)
+          f"{writer.frames / fps:.3f} s at {fps:g} fps" + f"; the last {lost:.3f} s of the sound have no picture and were cut" * (lost > 1 / fps),
+          flush=True)
 
 
 def onto(features, device):

@@ -154,11 +154,12 @@ def make_plan(pipeline, args):
         speech = open_speech(args.audio, args.start, args.duration)
         frames = math.ceil(len(speech) / RATE * fps - 1e-6)
     seconds = None if speech is None else len(speech) / RATE
-    if abs(args.av_offset) / fps >= (most := seconds or 3600):
+    shown = min(frames, args.frames or math.inf)
+    if abs(args.av_offset) >= (most := 3600 * fps if math.isinf(shown) else shown):
         raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s: choose less than "
-                         f"{math.ceil(most * fps)} frames")
+                         f"{math.ceil(most)} frames")
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())
-    plan = LivePlan(config, height, width, fps, window, args.rings8, seconds, min(frames, args.frames or math.inf), {}, checkpoint.sizes(),
+    plan = LivePlan(config, height, width, fps, window, args.rings8, seconds, shown, {}, checkpoint.sizes(),
                     free_memory(pipeline.device, pipeline.vram), fp8,
                     0 if "picture_db" in checkpoint.sampling else live.WARM_UP, notes, line)        # of drawn faces: trained to be on time
     plan = replace(plan, each=tuple(sum(memory_of(replace(plan, line=Line(rank, line.size)), checkpoint).values())

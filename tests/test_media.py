@@ -16,6 +16,7 @@ import soundfile
 import torch
 from PIL import Image, ImageCms
 
+from jobs.parts import Parts
 from media import ffmpeg, pictures, video
 from media.ffmpeg import frame_rate, probe, run
 from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
@@ -368,6 +369,27 @@ def test_the_picture_is_kept_where_its_sound_fails(tmp_path):
             out.write(smooth(20))
             os.remove(tmp_path / "in.wav")
     assert "\n" not in str(error.value) and os.listdir(tmp_path) == ["a.mp4.parts"] and probe(tmp_path / "a.mp4.parts" / "0000.mp4").frames == 20
+
+
+def test_sound_that_is_replaced_meanwhile(tmp_path):
+    """What was made to one sound does not get another; the same bytes again will do."""
+    other, sound = tmp_path / "other.wav", tmp_path / "in.wav"
+    voice = np.sin(np.arange(2 * RATE) / 20)
+    soundfile.write(sound, voice, RATE)
+    soundfile.write(other, 0 * voice, RATE)
+    out = str(tmp_path / "a.mp4")
+
+    def writer():
+        return VideoWriter(out, SIZE, FPS, audio=sound, parts=Parts(out, {}, total=2))
+    with pytest.raises(OSError, match="cannot finish .*in.wav was changed while the video was made: put it back .*; the finished clips are kept"):
+        with writer() as first:
+            first.write(smooth(8))
+            os.replace(other, sound)
+    soundfile.write(sound, voice, RATE)
+    with writer() as again:
+        assert again.parts.done == 1
+        again.write(smooth(8))
+    assert probe(out).frames == 16 and not os.path.exists(f"{out}.parts")
 
 
 @pytest.mark.parametrize("peak", [3.8e7, 1e8, 32768.0])
