@@ -216,7 +216,8 @@ def check(job, program, pipelines, outs, inputs, summary):
     """Plan a job, and see what has become of it in an earlier run.  raises ValueError"""
     args, real = job.args, os.path.realpath(job.out)
     if (first := outs.setdefault(real, job.number)) != job.number:
-        raise ValueError(f"{job.out} is written by job {first} already: give another \"out\"")
+        remedy = "rename one of the sounds" if os.path.isdir(args.batch) else "give another \"out\""
+        raise ValueError(f"{job.out} is written by job {first} already: {remedy}")
     if real in inputs:
         raise ValueError(f"{job.out} is read by job {inputs[real]}: give another \"out\"")
     machine = tuple(getattr(args, name) for name in MACHINE)

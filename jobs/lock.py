@@ -25,7 +25,11 @@ def take(path):
                 raise ValueError(f"{os.path.dirname(path)} is in use by {holder(file) or 'another process'}: wait for it, or choose another output")
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):     # else its holder has just removed it
                 os.ftruncate(file, 0)
-                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(), 0)
+                try:
+                    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}".encode(), 0)
+                except OSError:                                      # a full disk; nobody else holds it
+                    os.unlink(path)
+                    raise
                 return file
         except BaseException:
             os.close(file)

@@ -4,9 +4,10 @@ import os
 import sys
 import tempfile
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import soundfile
@@ -19,15 +20,28 @@ from media.sound import check_source
 
 LONGEST = 12 * 3600  # seconds of sound that become a video without more ado
 SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}      # nothing is lost
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers", type(None): "None",
+         torch.device: "a torch.device", torch.dtype: "a torch.dtype"}
 
 
 def check_names(options):
-    """raises TypeError for the name of no field of RunConfig, with the nearest one that is"""
-    names = [field.name for field in fields(RunConfig)]
-    for name in options:
-        if name not in names:
-            near = get_close_matches(name, names, 1)
-            raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(names)}")
+    """raises TypeError for the name of no field of RunConfig, with the nearest one that is; ValueError for a value of another kind"""
+    hints = get_type_hints(RunConfig)
+    for name, value in options.items():
+        if name not in hints:
+            near = get_close_matches(name, hints, 1)
+            raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(hints)}")
+        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or [hints[name]]]        # X | None are two
+        if object not in kinds and not any(is_kind(value, kind) for kind in kinds):
+            raise ValueError(f"{name} must be {' or '.join(KINDS[kind] for kind in kinds)}, got {value!r:.60}")
+
+
+def is_kind(value, kind):
+    if kind is tuple:
+        return isinstance(value, (tuple, list)) and all(is_kind(x, float) for x in value)
+    if kind in (int, float):
+        return hasattr(value, "__index__" if kind is int else "__float__") and not isinstance(value, bool)           # numpy's and torch's too
+    return isinstance(value, (str, os.PathLike) if kind is str else kind)
 
 
 def whole_number(name, value):

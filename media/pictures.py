@@ -72,7 +72,7 @@ def _as_value_error(path):
         raise ValueError(_unknown(path)) from None
     except Image.DecompressionBombError:
         raise ValueError(_too_many_pixels(path)) from None
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -142,6 +142,23 @@ def test_seeds_of_any_kind_and_size():
         make(seed=3.5)
 
 
+@pytest.mark.parametrize("given, says", [
+    (dict(prompt=None), "prompt must be a text, got None"), (dict(guidance_scale=(1, 2, 3)), "guidance must be 0 to 50"),
+    (dict(guidance_scale=()), "guidance must be 0 to 50"), (dict(guidance_scale="2"), "guidance must be a number or numbers or None, got '2'"),
+    (dict(start_from_ref="no"), "start_from_ref must be True or False, got 'no'"), (dict(seed=True), "seed must be a whole number, got True"),
+    (dict(seed=None), "seed must be a whole number, got None"), (dict(num_inference_steps="3"), "steps must be a whole number or None, got '3'"),
+    (dict(height="64", width="64"), "size must be numbers or None"), (dict(duration="1"), "duration must be a number or None, got '1'"),
+    (dict(shift="x"), "shift must be"), (dict(device="cpu"), "device must be a torch.device, got 'cpu'")])
+def test_values_of_another_kind_are_named(given, says):
+    with pytest.raises(ValueError, match=says):
+        make(**given)
+
+
+def test_a_dtype_that_no_network_runs_in():
+    with pytest.raises(ValueError, match="wanted float32 or bfloat16, got torch.int8"):
+        WanS2VPipeline.from_pretrained(device_map="cpu", torch_dtype=torch.int8)
+
+
 def test_a_terminal_without_the_letters_of_a_name(tmp_path):
     """Chinese, Greek and an emoji: printed with escapes, and the video is made; an error about such a file is one line, too."""
     for source, name in ((VOICE, "声λ🙂.flac"), (FACE, "面λ🙂.png")):
