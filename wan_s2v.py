@@ -547,6 +547,7 @@ def draw_noise(shape, seed, device, dtype):
 
 def run_dtype(wanted, device):
     """The dtype of the linear layers: float32 on a CPU, bfloat16 on a GPU unless float32 is asked for.  raises ValueError for none of these"""
+    wanted = getattr(torch, wanted, None if wanted == "auto" else wanted) if isinstance(wanted, str) else wanted
     if wanted not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"wanted float32 or bfloat16, got {wanted}: leave the dtype out")
     if wanted == torch.float16:

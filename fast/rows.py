@@ -309,7 +309,8 @@ def server(cfg):
         if not (len(x) == 1 and x.is_contiguous() and rope.shape[2] == 1 and rope[0].is_contiguous() and fp8.multiplies_fp8(x.device) and
                 kernels.works(x.device) and (inside := modules(block))):
             return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)      # which would not be called
+        return all(type(layer) is fp8.FP8Linear for layer in matrices(block)) and \
+            not any(module._forward_hooks or module._forward_pre_hooks for module in inside)         # which would not be called
     return serves
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -257,8 +258,9 @@ def make_many(pipeline, jobs):
     results, outs = [], set()
     for job in jobs:
         try:
-            if not isinstance(job, dict):
+            if not isinstance(job, Mapping):
                 raise ValueError(f"every job is a dict of arguments, got {job!r:.60}")
+            job = dict(job)
             if job.get("out") is None or (real := os.path.realpath(job["out"])) in outs:
                 raise ValueError(f"every job wants an out of its own, got {job.get('out')}")
             results.append(pipeline(**job | dict(keep_frames=False)))
@@ -320,7 +322,8 @@ class Summary:
         self.path, self.jobs, self.made, self.rate, self.spent = path, jobs, {}, None, (0.0, 0.0)
         try:
             for file in [path] * path.exists() + self.others():
-                self.made |= json.loads(file.read_text(encoding="utf8"))["made"]
+                found = json.loads(file.read_text(encoding="utf8"))
+                self.made |= found["made"] if file == path else self.own(found)
             if not all(isinstance(record, dict) and isinstance(record.get("from"), dict) for record in self.made.values()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -338,7 +341,7 @@ class Summary:
         """On rank 0, when all have done their jobs: the summaries become one."""
         for file in self.others():
             theirs = json.loads(file.read_text(encoding="utf8"))
-            self.made |= theirs["made"]
+            self.made |= self.own(theirs)
             for job, other in zip(self.jobs, theirs["jobs"]):
                 if job.state == "waiting" and other["state"] in ("done", "failed"):
                     job.state, job.said, job.seconds = other["state"], other["error"] or "", other["seconds"]
@@ -346,8 +349,16 @@ class Summary:
         for file in self.others():
             file.unlink()
 
+    def own(self, theirs):
+        """Of another rank's summary the records of the jobs that it took: of the others it has what was so when all began."""
+        keys = [self.key_of(job["out"]) for job in theirs["jobs"] if job["state"] not in ("waiting", "done before")]
+        return {key: theirs["made"][key] for key in keys if key in theirs["made"]}
+
     def key(self, job):
-        return os.path.relpath(os.path.realpath(job.out), os.path.realpath(self.path.parent))        # so that the folder can be moved
+        return self.key_of(job.out)
+
+    def key_of(self, out):
+        return os.path.relpath(os.path.realpath(out), os.path.realpath(self.path.parent))            # so that the folder can be moved
 
     def count(self, state):
         return sum(job.state.startswith(state) for job in self.jobs)
@@ -410,7 +421,7 @@ class Summary:
 def looks_like(path, plan):
     """Could this video, or folder of PNG frames, be what a plan has made?"""
     if os.path.isdir(path):
-        return 0 < len(os.listdir(path)) <= plan.frames
+        return sorted(os.listdir(path)) == [f"{n:06d}.png" for n in range(min(len(os.listdir(path)), plan.frames))]
     try:
         info = probe(path)
     except (OSError, ValueError, FFmpegError):

@@ -1,4 +1,5 @@
 """What went wrong, for people: errors of the input and of the machine have one line, mistakes of the code show themselves."""
+import errno
 import re
 import sys
 
@@ -19,8 +20,8 @@ def explain(error, args):
         return f"the device is out of memory{f' for {wanted[1]} more' if wanted else ''}: choose a smaller --size or fewer --clip-frames"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error):    # Python's, PyTorch's
         return "the memory of this machine is full: choose a smaller --size, fewer --clip-frames or a smaller picture"
-    if isinstance(error, OSError) and error.strerror:                # of the system; others say more
-        return f"cannot read or write {error.filename}: {error.strerror}" if error.filename else f"reading or writing failed: {error.strerror}"
+    if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EIO):
+        return f"cannot read or write {error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     if isinstance(error, device_errors()):

@@ -252,7 +252,7 @@ def stream(plan, speech, checkpoint, args, pipe, start):
                     if begins and writer.file != writer.path and not args.raw:
                         clock.bar.write(f"meanwhile {writer.file} can be played; it is renamed to {args.out} at the end")
                     stop.kept = f"the frames so far are kept as {writer.file}" if pipe is None else "what was made so far has been written"
-                clock.wrote(frames.shape[1], writer.waited)
+                clock.wrote(frames.shape[1], writer.waited if pipe is not None else 0.0)
     except (KeyboardInterrupt, Exception) as error:
         if writer.frames and pipe is None and writer.file not in (None, writer.path):          # of a disk that is full it does not hold all frames
             what = "what could be written is" if isinstance(error, OSError) else f"the {writer.frames} frames so far are"
@@ -314,7 +314,7 @@ class Clock:
             yield features, total
 
     def wrote(self, frames, waited=0.0):
-        """waited  seconds in all for which a reader or disk let writing wait: no work of ours"""
+        """waited  seconds in all for which the reader of a pipe let writing wait: no work of ours"""
         now = time.perf_counter()
         self.late[-1] = max(self.late[-1], now - self.heard - self.shown / self.fps)             # by which a player must wait, for all of the block
         self.seconds = self.seconds + now - max(self.heard, self.wrote_at) - (waited - self.waited) if self.alone else now - self.begin - waited

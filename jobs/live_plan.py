@@ -155,7 +155,7 @@ def make_plan(pipeline, args):
         frames = math.ceil(len(speech) / RATE * fps - 1e-6)
     seconds = None if speech is None else len(speech) / RATE
     shown = min(frames, args.frames or math.inf)
-    if abs(args.av_offset) >= (most := 3600 * fps if math.isinf(shown) else shown):
+    if abs(args.av_offset) >= (most := min(3600 * fps, shown if args.av_offset > 0 else frames)):          # < 0: of the sound something must be left
         raise ValueError(f"--av-offset {args.av_offset} moves the sound by {abs(args.av_offset) / fps:.1f} s: choose less than "
                          f"{math.ceil(most)} frames")
     fp8 = config.fp8 or any(entry.dtype == torch.float8_e4m3fn for entry in checkpoint.parts[checkpoint.experts[0]].tensors.values())

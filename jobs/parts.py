@@ -282,6 +282,17 @@ class Parts:
         lock.give(self.lock)
         self.lock = None
 
+    def name_partial(self, name):
+        """What can be watched: from here on it goes with the folder."""
+        if name == self.partial:
+            return
+        self.partial = name
+        try:
+            self.commit(self.clips, self.states)
+        except OSError:
+            self.forget_partial()
+            raise
+
     def forget_partial(self):
         if self.partial:
             remove(self.output.with_name(self.partial))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -31,16 +32,21 @@ def check_names(options):
         if name not in hints:
             near = get_close_matches(name, hints, 1)
             raise TypeError(f"unknown option {name}: {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(hints)}")
-        kinds = [get_origin(kind) or kind for kind in get_args(hints[name]) or [hints[name]]]        # X | None are two
+        kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else [hints[name]]        # X | None are two
+        kinds = [get_origin(kind) or kind for kind in kinds]
         if object not in kinds and not any(is_kind(value, kind) for kind in kinds):
             raise ValueError(f"{name} must be {' or '.join(KINDS[kind] for kind in kinds)}, got {value!r:.60}")
 
 
 def is_kind(value, kind):
-    if kind is tuple:
-        return isinstance(value, (tuple, list)) and all(is_kind(x, float) for x in value)
-    if kind in (int, float):
-        return hasattr(value, "__index__" if kind is int else "__float__") and not isinstance(value, bool)           # numpy's and torch's too
+    if kind is bool:
+        return value is None or isinstance(value, (bool, np.bool_)) or isinstance(value, int) and value in (0, 1)
+    if kind in (tuple, int, float):                                  # numpy's and torch's too
+        try:
+            return not isinstance(value, (bool, str)) and (all(is_kind(x, float) for x in value) if kind is tuple else
+                                                           (operator.index if kind is int else float)(value) is not None)
+        except (TypeError, ValueError, RuntimeError):
+            return False
     return isinstance(value, (str, os.PathLike) if kind is str else kind)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from media import mp3
 from media.ffmpeg import ffmpeg_command, last_line
-from media.video import MONO_STEREO, QUALITY, TO_YUV, meanwhile
+from media.video import MONO_STEREO, QUALITY, TO_YUV, new_partial
 
 # delay_moov: the header waits for the first fragment, so that it can say that the encoder's first 64 ms of sound come before the picture
 LIVE = ["-tune", "zerolatency", "-g", "48"]                          # no frame waits for later ones
@@ -24,6 +24,11 @@ WAITING = 24                 # frames: ffmpeg takes none while its sound is 0.1 
 PATIENCE = 2                 # seconds for those that wait, after an error, and for the encoder
 KNOWN = ["-probesize", "32", "-analyzeduration", "0"]                # of inputs: read nothing ahead to find out what is said already
 FRAGMENTS = ["-movflags", "+delay_moov+default_base_moof", "-frag_duration", "400000", "-flush_packets", "1", "-map_metadata", "-1", "-f", "mp4"]
+
+
+def meanwhile(path):
+    """Make the file that is written until it is finished -> its name. A pipe or device stays what it is."""
+    return path if isinstance(path, int) or os.path.exists(path) and not os.path.isfile(path) else new_partial(path)
 
 
 class StreamWriter:
@@ -36,7 +41,7 @@ class StreamWriter:
     file      what is written meanwhile, None before the first frame comes and where nothing could be written
     raw       rgb24 frames one behind the other, no sound, no ffmpeg
     waiting   frames that wait for ffmpeg, at most: WAITING, and as many as their sound is given later than they
-    waited    seconds in all in which `write` waited for who takes them
+    waited    seconds in all in which `write` waited for who takes them: the reader, the disk or the encoder
     An exception leaves what was written so far, which is whole, as .file.
     raises    OSError if the reader has gone or writing fails, one line
     """

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from jobs.parts import Parts, flush, made_from, safely
+from jobs.parts import Parts, digest, flush, made_from, safely
 from media.frames import read_frames
 from media.ffmpeg import LIMIT, REMEDY, FFmpegError, feeding, ffmpeg_command, framecrc, probe, run, source
 from media.sound import Recording, cut, examine, warn
@@ -221,10 +221,8 @@ def _check_encoder():
         raise ValueError(error) from None
 
 
-def meanwhile(path):
-    """Make the file that is written until it is finished, empty, under a name that no other file has -> its name. A pipe or device stays what it is."""
-    if isinstance(path, int) or os.path.exists(path) and not os.path.isfile(path):
-        return path
+def new_partial(path):
+    """Make out.partial.mp4 for out.mp4, empty, or whichever such name no other file has -> the name"""
     stem, suffix = os.path.splitext(path)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     for n in itertools.count():
@@ -313,7 +311,7 @@ class VideoWriter:
     def _join(self, name, limit=LIMIT):
         """All clips so far with their sound -> path of a file in the parts folder."""
         path = self.parts.folder / name
-        if self.sound and state_of(self.sound.path) != self.sound.state:
+        if self.sound and state_of(self.sound.path) != self.sound.state and digest(self.sound.path) != (self.parts.made or {}).get("audio"):
             raise ValueError(f"{self.sound.path} was changed while the video was made: put it back as it was, then the same command goes on")
         with safely(path) as temporary:
             mux(self.parts.folder, [clip["file"] for clip in self.parts.clips if clip["file"]], self.fps, self.sound, self.parts.frames / self.fps,
@@ -326,10 +324,9 @@ class VideoWriter:
         if self.as_frames or not self.playable < self.parts.done < self.parts.total or begin < self.renew_after:
             return
         with self.parts.errors():
-            if not self.parts.partial:
-                self.parts.partial = os.path.basename(meanwhile(self.path))
-                self.parts.commit(self.parts.clips, self.parts.states)                       # which names it
-            os.replace(self._join("partial.mp4", limit), self.parts.output.with_name(self.parts.partial))
+            made, name = self._join("partial.mp4", limit), self.parts.partial or os.path.basename(new_partial(self.path))
+            os.replace(made, self.parts.output.with_name(name))
+            self.parts.name_partial(name)
         self.playable, self.renew_after = self.parts.done, time.monotonic() + 99 * (time.monotonic() - begin)
 
     def close(self):

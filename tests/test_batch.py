@@ -17,7 +17,8 @@ from ranks import stoppable
 
 import sample
 from formats.checkpoints import Checkpoint
-from jobs.batch import Summary, run_batch
+from jobs.batch import Summary, looks_like, run_batch
+from jobs.explain import explain
 from media.ffmpeg import probe, run
 from tests import kill_runs
 from wan_s2v import WanS2VPipeline
@@ -75,6 +76,23 @@ def test_jobs_spread_over_ranks(tmp_path, made, killed):
         else:
             assert sample.cli(command) == 0 and states(log).count("done before") == 3 and not log.with_suffix(".1.json").exists()
     assert sorted(made) == [f"{name}.mp4" for name in "abcde"] and all(state.startswith("done") for state in states(log))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_rank_speaks_of_its_own_jobs(tmp_path, made, killed):
+    """All made anew by two ranks: what rank 1 knows of the others is of the run before."""
+    sounds(tmp_path, "a.wav", "b.wav", "c.wav")
+    command = write_jobs(tmp_path / "jobs", [dict(audio=f"{name}.wav") for name in "abc"])
+    assert sample.cli(command) == 0
+    for rank in (1, 0):
+        args = sample.parser().parse_args([*command, "--seed", "5", "--restart"])
+        args.world = SimpleNamespace(rank=rank, takes=lambda job: job.number % 2 == rank, all_have=lambda what: None)
+        if rank or not killed:
+            assert run_batch(args, sample) == 0
+        else:                                                        # rank 0 was killed before it made its own
+            assert sample.cli([*command, "--seed", "5", "--restart"]) == 0
+    before = made.copy()
+    assert sample.cli([*command, "--seed", "5"]) == 0 and made == before and len(made) == 6
 
 
 # ------------------------------------------------------------------------------------------------------------- killed and run again
@@ -178,6 +196,39 @@ def test_a_disk_that_is_full_is_named(tmp_path, made, monkeypatch, capsys):
     said = capsys.readouterr()
     assert f"error: cannot write {tmp_path}/jobs.summary.json, which says what is done (No space left on device): once it can" in said.err
     assert "batch    1 of 2 done" in said.out and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("names, same", [(["000000.png", "000001.png"], True), (["notes.txt"], False), (["000000.png", "notes.txt"], False),
+                                         ([f"{n:06d}.png" for n in range(9)], False)])
+def test_a_folder_of_frames_is_known_by_their_names(tmp_path, names, same):
+    for name in names:
+        (tmp_path / name).touch()
+    assert looks_like(tmp_path, SimpleNamespace(frames=5)) is same
+
+
+def test_a_video_that_has_its_name_when_the_signal_comes_is_kept(tmp_path, made, monkeypatch):
+    """It is finished: the next run finds it."""
+    def make_and_stop(pipeline, args):
+        run("-f", "lavfi", "-i", "color=size=64x64:rate=16", "-frames:v", "4", "-y", args.out)
+        raise KeyboardInterrupt
+    sounds(tmp_path, "a.wav")
+    command = write_jobs(tmp_path / "jobs", [{"audio": "a.wav"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "make_video", make_and_stop)
+        assert sample.cli(command) == 130 and states(tmp_path / "jobs.summary.json") == ["stopped"]
+    assert sample.cli(command) == 0 and made == [] and states(tmp_path / "jobs.summary.json") == ["done before"]
+
+
+def test_what_two_sounds_of_a_folder_can_do(tmp_path, made, capsys):
+    sounds(tmp_path / "in", "a.wav", "a.flac")
+    assert sample.cli(["--batch", str(tmp_path / "in"), "--image", FACE, *QUICK]) == 2
+    assert "is written by job 1 already: rename one of the sounds" in capsys.readouterr().err and made == ["a.mp4"]
+
+
+def test_errors_of_the_system_name_their_file():
+    assert explain(PermissionError(13, "Permission denied", "/x/y"), None) == "cannot read or write /x/y: Permission denied"
+    assert "Connection refused" in explain(ConnectionRefusedError(111, "Connection refused"), None)
+    assert explain(OSError("cannot write a: make room"), None) == "cannot write a: make room"
 
 
 @pytest.mark.parametrize("data", [b"fLaC\0\0\0\x22" * 9, '{"audio": "a.wav"}'.encode("utf16")])

@@ -48,6 +48,13 @@ def test_what_a_stream_refuses(given, said, capsys, tmp_path):
     assert errors[-1].startswith("error: ") and said in errors[-1] and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("given, frames", [(["--frames", "10", "--av-offset", "-30"], 10), (["--duration", "1", "--av-offset", "-24"], 25)])
+def test_sound_may_come_earlier_than_the_frames_are_long(given, frames):
+    """As long as something of it is left."""
+    args = sample.parser().parse_args(["--live", "--image", FACE, "--audio", VOICE, "--device", "cpu", "--no-fp8", *given])
+    assert live_plan.make_plan(sample.open_pipeline(args), args)[0].frames == frames
+
+
 @pytest.mark.parametrize("given", [["--live"], ["--live", "--raw"], []])
 def test_what_is_read_is_not_written_over(given, tmp_path, capsys):
     place = tmp_path / ("a" if given[-1:] == ["--raw"] else "a.mp4")

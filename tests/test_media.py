@@ -16,7 +16,7 @@ import soundfile
 import torch
 from PIL import Image, ImageCms
 
-from jobs.parts import Parts
+from jobs.parts import Parts, digest
 from media import ffmpeg, pictures, video
 from media.ffmpeg import frame_rate, probe, run
 from media.pictures import _cover_size, center_crop, fit_frame, fit_picture, fit_ti2v, i2v_size, load_image, s2v_size, ti2v_size
@@ -390,6 +390,15 @@ def test_sound_that_is_replaced_meanwhile(tmp_path):
         assert again.parts.done == 1
         again.write(smooth(8))
     assert probe(out).frames == 16 and not os.path.exists(f"{out}.parts")
+
+
+def test_sound_that_is_only_touched_is_the_same(tmp_path):
+    soundfile.write(tmp_path / "in.wav", np.sin(np.arange(RATE) / 20), RATE)
+    out = str(tmp_path / "a.mp4")
+    with VideoWriter(out, SIZE, FPS, audio=tmp_path / "in.wav", parts=Parts(out, dict(audio=digest(tmp_path / "in.wav")), total=1)) as writer:
+        writer.write(smooth(8))
+        os.utime(tmp_path / "in.wav")
+    assert probe(out).frames == 8
 
 
 @pytest.mark.parametrize("peak", [3.8e7, 1e8, 32768.0])

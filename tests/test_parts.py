@@ -381,6 +381,30 @@ def test_what_can_be_watched_takes_nobody_elses_name(tmp_path, when):
     assert left(tmp_path) == ["a.mp4", "a.partial.mp4"] and other.read_text() == "a stream's"
 
 
+def test_an_output_that_is_no_plain_file_is_replaced(tmp_path):
+    """As a named pipe: what can be watched before has a name of its own, and the video stays."""
+    out = tmp_path / "a.mp4"
+    os.mkfifo(out)
+    with VideoWriter(str(out), (64, 64), parts=Parts(str(out), {}, total=3)) as writer:
+        writer.write(torch.zeros(3, 4, 64, 64))
+        writer.renew_partial()
+        assert left(tmp_path) == ["a.mp4", "a.mp4.parts", "a.partial.mp4"]
+    assert left(tmp_path) == ["a.mp4"] and probe(out).frames == 4
+
+
+def test_nothing_to_watch_is_left_where_it_cannot_be_noted(tmp_path, monkeypatch):
+    out = str(tmp_path / "a.mp4")
+    writer = VideoWriter(out, (64, 64), parts=Parts(out, {}, total=3)).__enter__()
+    writer.write(torch.zeros(3, 4, 64, 64))
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "commit", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            writer.renew_partial()
+    assert left(tmp_path) == ["a.mp4.parts"]
+    writer.leave()
+    assert left(tmp_path) == ["a.mp4.parts", "a.partial.mp4"]
+
+
 def test_a_folder_that_goes_away_meanwhile(tmp_path, monkeypatch, capsys, unbroken):
     """Renamed after the first clip: one line; in its new place the same goes on."""
     (tmp_path / "a").mkdir()

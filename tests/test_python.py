@@ -21,6 +21,7 @@ from fast.plan import keepable
 from fast.probe import Memory
 from formats.checkpoints import Checkpoint
 from media.ffmpeg import probe, run
+from media.given import check_names
 from tests.kill_runs import quick
 from tiny import faces
 from wan_s2v import WanS2VPipeline, draw_noise
@@ -152,6 +153,16 @@ def test_seeds_of_any_kind_and_size():
 def test_values_of_another_kind_are_named(given, says):
     with pytest.raises(ValueError, match=says):
         make(**given)
+
+
+def test_values_of_like_kinds_are_taken():
+    """As numpy and torch have them, and flags that are 0, 1 or None."""
+    check_names(dict(size=np.array([64, 64]), guidance=torch.tensor([1.0, 2.0]), steps=np.int64(3), seed=torch.tensor(4), shift=np.float32(2), fp8=None,
+                     official=1, enlarge=np.True_, duration=3, split=[1, 1]))
+    for dtype in ("bfloat16", "float32", "auto"):
+        WanS2VPipeline.from_pretrained(device_map="cpu", torch_dtype=dtype)
+    with pytest.raises(ValueError, match="shift must be a number or None, got tensor"):
+        check_names(dict(shift=torch.tensor([3.0, 3.0])))
 
 
 def test_a_dtype_that_no_network_runs_in():

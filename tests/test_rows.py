@@ -164,6 +164,10 @@ def test_float8_blocks_on_a_gpu_alone_are_served(monkeypatch, capsys):
     for name, other in (("q", Adapted(32, 32)), ("norm_q", PlusOne(32, 1e-6))):
         assert not served(lambda block, name=name, other=other: setattr(block.self_attn, name, other))
         assert capsys.readouterr().err.count("TypeError: some of its parts were exchanged") == 1
+    serves, block = rows.server(net.cfg), copy.deepcopy(net.blocks[0])
+    assert serves(block, x, rope)
+    block.cross_attn.q = torch.nn.Sequential(block.cross_attn.q)     # later, too
+    assert not serves(block, x, rope)
     monkeypatch.setattr(blocks, "compiled", lambda function: function)
     fast = FastDenoiser(net, compile=True)
     assert all(fast.serves(block, x, rope) for block in net.blocks) and not FastDenoiser(net).serves(net.blocks[0], x, rope)
