@@ -81,7 +81,7 @@ class RunConfig:
         for name, ok, want in (
                 ("steps", 1 <= o.steps <= 1000, "1 to 1000"),
                 ("shift", 0 < o.shift <= 100, "above 0, at most 100"),
-                ("guidance", len(o.guidance) in (1, 2) and all(0 <= g <= 50 for g in o.guidance), "0 to 50 (1 or less turns guidance off), one or two"),
+                ("guidance", len(o.guidance) in (1, 2) and all(0 <= g <= 50 for g in o.guidance), "one or two of 0 to 50 (1 or less turns it off)"),
                 ("solver", o.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
                 ("seed", 0 <= o.seed < 2 ** 63, "0 to 2^63 - 1"),
                 ("size", len(o.size) == 2 and min(o.size) >= 1, "two positive numbers, width and height"),

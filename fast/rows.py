@@ -295,22 +295,19 @@ def matrices(block):
 
 def server(cfg):
     """-> function(block, x, rope): are these the kernels for a block of a network of this Config, these tokens x and this RoPE?"""
-    same = cache(lambda *given: follows(given[0], cfg, *given[1:]))
+    same = cache(lambda kind, audio, made_of: follows(kind, cfg, audio, made_of))
 
     @cache
     def modules(block):
-        """All of a block that suits; none of another."""
-        suits = same(type(block), getattr(block, "inject", None) is not None, classes(block)) and \
-            all(type(layer) is fp8.FP8Linear and layer.bias is not None and not any(side % fp8.ALIGN for side in layer.weight.shape)
-                for layer in matrices(block))
-        return tuple(block.modules()) if suits else ()
+        """All of a block that computes what model.py's does; none of another."""
+        return tuple(block.modules()) if same(type(block), getattr(block, "inject", None) is not None, classes(block)) else ()
 
     def serves(block, x, rope):
-        if not (len(x) == 1 and x.is_contiguous() and rope.shape[2] == 1 and rope[0].is_contiguous() and fp8.multiplies_fp8(x.device) and
-                kernels.works(x.device) and (inside := modules(block))):
-            return False
-        return all(type(layer) is fp8.FP8Linear for layer in matrices(block)) and \
-            not any(module._forward_hooks or module._forward_pre_hooks for module in inside)         # which would not be called
+        return len(x) == 1 and x.is_contiguous() and rope.shape[2] == 1 and rope[0].is_contiguous() and fp8.multiplies_fp8(x.device) and \
+            kernels.works(x.device) and len(modules(block)) > 0 and \
+            all(type(layer) is fp8.FP8Linear and layer.bias is not None and not any(side % fp8.ALIGN for side in layer.weight.shape)
+                for layer in matrices(block)) and \
+            not any(module._forward_hooks or module._forward_pre_hooks for module in modules(block))     # which would not be called
     return serves
 
 

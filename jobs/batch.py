@@ -54,8 +54,7 @@ class Job:
     args: argparse.Namespace = None
     pipeline: object = None
     made: dict = None            # from `made_from`
-    record: dict = None          # in the summary, see there; and that of a run before this one
-    earlier: dict = None
+    earlier: dict = None         # its record of a run before this one, see Summary
     work: float = 0.0            # operations of its denoising
     seconds: float = 0.0         # that it took
 
@@ -268,16 +267,9 @@ def make_many(pipeline, jobs):
         except Exception as error:
             if stop.number:
                 raise
-            results.append(anew(error))
+            error.__traceback__ = error.__context__ = error.__cause__ = None             # which would keep what the job held
+            results.append(error)
     return results
-
-
-def anew(error):
-    """The same error without its traceback, which would keep what a job held."""
-    try:
-        return type(error)(str(error))
-    except TypeError:                                                # a class that wants more
-        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def make_all(jobs, program, summary, world=None):
@@ -381,16 +373,17 @@ class Summary:
         raise ValueError(f"{job.out} {what}: move it, give another \"out\", or add --restart to make it again")
 
     def begin(self, job):
-        job.state, job.earlier, job.record = "running", self.made.get(self.key(job)), {"from": job.made, "before": stamp(job.out)}
-        self.made[self.key(job)] = job.record
+        job.state, job.earlier = "running", self.made.get(self.key(job))
+        self.made[self.key(job)] = {"from": job.made, "before": stamp(job.out)}
         self.write()
 
     def forget(self, job):
         """It was not made: what comes to lie there later must not be taken for it."""
-        if job.record is not None and job.record["before"] == stamp(job.out):
-            self.made |= {self.key(job): job.earlier}
-            if job.earlier is None:
-                del self.made[self.key(job)]
+        record = self.made.get(self.key(job), {})
+        if "after" not in record and record.get("before") == stamp(job.out):
+            self.made.pop(self.key(job), None)
+            if job.earlier is not None:
+                self.made[self.key(job)] = job.earlier
 
     def finish(self, job):
         job.state = "done"
@@ -421,7 +414,8 @@ class Summary:
 def looks_like(path, plan):
     """Could this video, or folder of PNG frames, be what a plan has made?"""
     if os.path.isdir(path):
-        return sorted(os.listdir(path)) == [f"{n:06d}.png" for n in range(min(len(os.listdir(path)), plan.frames))]
+        names = sorted(os.listdir(path))
+        return names == [f"{n:06d}.png" for n in range(len(names))] and len(names) <= plan.frames
     try:
         info = probe(path)
     except (OSError, ValueError, FFmpegError):

@@ -133,8 +133,8 @@ def ahead(blocks, device):
         yield block
 
 
-def unchanged(pieces, path, samples):
-    """The same pieces of a sound file, at least so many samples.  raises ValueError if there are fewer: ffmpeg would wait for them"""
+def at_least(samples, pieces, path):
+    """The same pieces of a sound file.  raises ValueError if they are fewer samples: ffmpeg would wait for them"""
     for piece in pieces:
         samples -= len(piece)
         yield piece
@@ -224,8 +224,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
     else:
         from media.sound import cut
         from media.video import full_scale
-        kept, scale = speech.recording, full_scale(speech.path, speech.recording) if plan.line.last else 1.0
-        pieces = unchanged(cut(speech.path, kept, speech.start, speech.duration), speech.path, int((plan.seconds - 0.05) * kept.rate))
+        kept, scale = speech.recording, full_scale(speech.path, speech.recording)
+        pieces = at_least(int((plan.seconds - 0.05) * kept.rate), cut(speech.path, kept, speech.start, speech.duration), speech.path)
         pieces = (piece / scale for piece in pieces)
         under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, pieces)
         sound = from_file(speech, checkpoint, o, fps, plan.frames)

@@ -45,7 +45,6 @@ class Sound:
     seconds: float       # length used
     delay: float         # silence before it
     scale: float         # of its samples: what they are divided by
-    state: tuple         # of the file when it was opened, see `state_of`
     as_is: bool          # the whole file, not shifted nor damaged, AAC of one or two channels: every player has that; mp4 may hold more
 
     @property
@@ -61,12 +60,6 @@ def full_scale(path, recording):
     return recording.peak
 
 
-def state_of(path):
-    """What changes when a file is replaced or written to."""
-    found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 def open_sound(path, start=0.0, duration=None, shift=0.0):
     """The stretch of a file that will be heard.  shift > 0: that many seconds later than the picture; < 0: earlier, the beginning cut."""
     info = probe(path, count=False)
@@ -80,7 +73,7 @@ def open_sound(path, start=0.0, duration=None, shift=0.0):
     whole = begin == 0 and shift <= 0 and end == length and recording.clean and recording.channel is None
     plays = info.audio_codec == "aac" and info.audio_layout in MONO_STEREO
     as_is = whole and plays and info.video_codec is None and _without_gaps(path)      # beside a picture, sound may not start at 0
-    return Sound(path, recording, begin, end - begin, max(0.0, shift), full_scale(path, recording), state_of(path), as_is)
+    return Sound(path, recording, begin, end - begin, max(0.0, shift), full_scale(path, recording), as_is)
 
 
 def _without_gaps(path):
@@ -148,7 +141,8 @@ def check_not_read(path, inputs):
     """ValueError if a file that is to be written is among those that are read: paths, numbers of open files, others that are passed over."""
     for given in inputs:
         if isinstance(given, (str, os.PathLike, int)) and os.path.exists(path) and os.path.exists(given) and os.path.samefile(path, given):
-            raise ValueError(f"cannot write {'to standard output' if path == 1 else path}: it is {given or 'standard input'}, which is read meanwhile: choose another name")
+            raise ValueError(f"cannot write {'to standard output' if path == 1 else path}: it is {given or 'standard input'}, which is read meanwhile: "
+                             "choose another name")
 
 
 def check_output(path, need=2**24, inputs=(), raw=False):
@@ -311,7 +305,7 @@ class VideoWriter:
     def _join(self, name, limit=LIMIT):
         """All clips so far with their sound -> path of a file in the parts folder."""
         path = self.parts.folder / name
-        if self.sound and state_of(self.sound.path) != self.sound.state and digest(self.sound.path) != (self.parts.made or {}).get("audio"):
+        if self.sound and self.parts.made and digest(self.sound.path) != self.parts.made["audio"]:
             raise ValueError(f"{self.sound.path} was changed while the video was made: put it back as it was, then the same command goes on")
         with safely(path) as temporary:
             mux(self.parts.folder, [clip["file"] for clip in self.parts.clips if clip["file"]], self.fps, self.sound, self.parts.frames / self.fps,

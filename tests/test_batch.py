@@ -17,7 +17,8 @@ from ranks import stoppable
 
 import sample
 from formats.checkpoints import Checkpoint
-from jobs.batch import Summary, looks_like, run_batch
+from jobs import lock, stop
+from jobs.batch import Summary, looks_like, make_many, run_batch
 from jobs.explain import explain
 from media.ffmpeg import probe, run
 from tests import kill_runs
@@ -223,6 +224,31 @@ def test_what_two_sounds_of_a_folder_can_do(tmp_path, made, capsys):
     sounds(tmp_path / "in", "a.wav", "a.flac")
     assert sample.cli(["--batch", str(tmp_path / "in"), "--image", FACE, *QUICK]) == 2
     assert "is written by job 1 already: rename one of the sounds" in capsys.readouterr().err and made == ["a.mp4"]
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        lock.take(tmp_path / "lock")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_picture_that_may_not_be_read(monkeypatch, capsys, tmp_path):
+    """Saving it again as PNG would not help."""
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr("PIL.Image.open", refuse)
+    assert sample.cli(["--audio", VOICE, "--image", FACE, "--out", str(tmp_path / "a.mp4"), *QUICK]) == 2
+    assert f"error: cannot read or write {FACE}: Permission denied" in capsys.readouterr().err
+
+
+def test_a_signal_ends_a_batch_from_python(monkeypatch):
+    """It may show itself as an error of what it has ended."""
+    def pipeline(**_):
+        monkeypatch.setattr(stop, "number", 2)
+        raise OSError("ffmpeg has gone")
+    with pytest.raises(OSError, match="ffmpeg has gone"):
+        make_many(pipeline, [dict(out="a.mp4"), dict(out="b.mp4")])
 
 
 def test_errors_of_the_system_name_their_file():

@@ -377,10 +377,10 @@ def test_sound_that_is_replaced_meanwhile(tmp_path):
     voice = np.sin(np.arange(2 * RATE) / 20)
     soundfile.write(sound, voice, RATE)
     soundfile.write(other, 0 * voice, RATE)
-    out = str(tmp_path / "a.mp4")
+    out, made_from = str(tmp_path / "a.mp4"), digest(sound)
 
     def writer():
-        return VideoWriter(out, SIZE, FPS, audio=sound, parts=Parts(out, {}, total=2))
+        return VideoWriter(out, SIZE, FPS, audio=sound, parts=Parts(out, dict(audio=made_from), total=2))
     with pytest.raises(OSError, match="cannot finish .*in.wav was changed while the video was made: put it back .*; the finished clips are kept"):
         with writer() as first:
             first.write(smooth(8))

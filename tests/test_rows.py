@@ -297,6 +297,17 @@ def test_a_long_prompt_keeps_its_padding(S, words, trimmed):
         assert found.pads == S - words and found.grid == cond.grid and [layer.text.shape[2] for layer in found.layers] == [words + 1] * 2
 
 
+def test_a_fork_may_call_its_prompt_otherwise():
+    class Named(model.Denoiser):
+        def prepare(self, prompt, **others):
+            return super().prepare(text=prompt, **others)
+    net = Named(small_net("t2v").cfg).eval().requires_grad_(False)
+    latents, t, arguments = small_clip(net)
+    fast, arguments["prompt"] = FastDenoiser(net), arguments.pop("text")
+    fast.trims = True
+    assert gap(fast(latents, t, fast.prepare(**arguments)), net(latents, t, net.prepare(**arguments))) < 2e-6
+
+
 @torch.no_grad()
 def test_keys_of_a_fork_that_lie_otherwise_are_made_contiguous():
     """Keys and values of one product, (n, 2C) for two times (n, C)."""
