@@ -2,6 +2,7 @@
 
     pytest tests/test_live.py
 """
+import copy
 import gc
 import io
 import json
@@ -91,15 +92,52 @@ def test_a_seed_gives_its_bytes_and_viewers_do_not_meet(parts):
         begin(parts, window=9).restore(first.state())
 
 
+def test_what_a_seed_means(parts):
+    """Noise of a block, then for each step how far the reference stands ahead, 4 to 30 latent frames: all from one generator, on and on."""
+    viewer, g = begin(parts, seed=3), torch.Generator().manual_seed(3)
+    steps, draw, noise, ahead = viewer.stream.steps, viewer.draw, [], []
+    viewer.stream.steps = lambda x, conds, moved: noise.append(x) or steps(x, conds, moved)
+    viewer.draw = lambda: ahead.append(draw()) or ahead[-1]
+    for sound in parts.sound:
+        viewer.latents(sound)
+        assert torch.equal(noise.pop(), torch.randn(1, 16, 3, 8, 8, generator=g))
+        assert [ahead.pop(0) for _ in range(2)] == torch.stack([torch.randint(4, 31, (), generator=g) for _ in range(2)]).tolist()
+    assert {draw() for _ in range(1000)} == set(range(4, 31))
+
+
+def test_constants_are_those_of_the_lora(parts):
+    assert (live.FPS, live.STEPS, live.SHIFT, live.BLOCK, live.WINDOW, live.LEAD_LATENTS, live.WARM_UP) == (25, 4, 3, 3, 12, 7, 3)
+    assert live.Live(begin(parts).picture).stream.window == 12
+
+
+def test_each_step_has_its_own_network(parts):
+    """Of two networks, one a step: its layers, sink pass, text and sound, and ring."""
+    other, g = copy.deepcopy(parts.net), torch.Generator().manual_seed(5)
+    for p in other.parameters():
+        p.data = p.data + 0.1 * torch.randn(p.shape, generator=g)
+    both, *alone = (live.Live(live.prepare(nets, parts.vae, parts.text, parts.picture), 42, 6).stream
+                    for nets in ([parts.net, other], [parts.net] * 2, [other] * 2))
+    for sound in parts.sound[:4]:
+        x = noise = torch.randn(1, 16, 3, 8, 8, generator=g)
+        with torch.no_grad():
+            for step, stream in enumerate(alone):
+                change = stream.sigmas.diff()[step].item()
+                x = x + change * stream.velocity(step, x, stream.conditions(sound)[step], stream.moved(7))
+        assert torch.equal(both.block(noise, sound, lambda: 7), x)
+        for stream in alone:
+            stream.frame += 3
+
+
 def test_a_replaced_reference_is_remembered(parts):
     """It changes what comes once a ring is full, and a state taken before or after goes on alike."""
-    plain, replaced = begin(parts), begin(parts, replace_ref=True)
+    plain, replaced, saved = begin(parts), begin(parts, replace_ref=True), {}
     for i, sound in enumerate(parts.sound[:5]):
         a, b = plain.block(sound), replaced.block(sound)
         assert torch.equal(a, b) == (i < 2)
         if i in (0, 3):
-            again = begin(parts, replace_ref=True).restore(replaced.state())
-    assert torch.equal(again.block(parts.sound[4]), b)
+            saved[i] = begin(parts, replace_ref=True).restore(replaced.state())
+    for i, again in saved.items():
+        assert torch.equal([again.block(sound) for sound in parts.sound[i + 1:5]][-1], b)
 
 
 @pytest.mark.parametrize("ahead", (True, False))
@@ -173,7 +211,9 @@ def test_there_is_no_longest_video(parts):
     assert viewer.block(parts.sound[0]).isfinite().all() and viewer.stream.frame == f + 3
     table = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 12)
     assert torch.equal(viewer.stream.rope([f + 1])[:, :1, :, :2], live.rounded(table[..., :2]))
-    assert table[0, 0, 0, 0] == torch.tensor(np.cos(np.float64(f + 1)), dtype=torch.float32)
+    wide = rope_table(torch.tensor([[f + 1.0, 0, 0]], dtype=torch.float64), 128)[:, 0, 0, :22]
+    angles = (f + 1) * 10000.0 ** (-np.arange(22) / 22)              # the 44 numbers of a head of 128 that stand for time, two an angle
+    assert np.abs(wide.numpy() - [np.cos(angles), np.sin(angles)]).max() < 1e-6
 
 
 def test_the_ring_of_a_gpu_gives_the_same_numbers(parts):
