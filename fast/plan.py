@@ -10,6 +10,7 @@ the host; offload blocks. The VAE waits in host memory while the denoiser works;
 """
 import math
 from dataclasses import dataclass, replace
+from os import PathLike
 
 import torch
 
@@ -38,8 +39,8 @@ COMPILE_GAIN = 8e-11         # seconds that it saves per token, channel and laye
 @dataclass(frozen=True)
 class RunConfig:
     """What the user chose, for one video of any task. None stands for the checkpoint's own value, or for the best one."""
-    audio: str | None = None
-    image: str | None = None
+    audio: str | PathLike | None = None
+    image: str | PathLike | None = None
     prompt: str = ""
     negative_prompt: str | None = None
     size: tuple[int, int] | None = None   # (width, height): with a picture, their product is a budget and the picture's shape is kept
@@ -52,7 +53,7 @@ class RunConfig:
     frames: int | None = None             # of the whole video, at most
     clips: int | None = None              # at most; the audio may need fewer
     clip_frames: int | None = None        # pixel frames made at once: a multiple of 4, at most 120
-    pose_video: str | None = None
+    pose_video: str | PathLike | None = None
     start_from_ref: bool = False          # the first clip begins with the reference picture itself
     official: bool = False                # S2V: picture and pose placed, and frames counted, as the official code does, see `count_clips`
     start: float = 0.0                    # seconds into the audio

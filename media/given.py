@@ -21,7 +21,7 @@ from media.sound import check_source
 
 LONGEST = 12 * 3600  # seconds of sound that become a video without more ado
 SUBTYPES = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}      # nothing is lost
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers", type(None): "None",
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", os.PathLike: "a path", tuple: "numbers", type(None): "None",
          torch.device: "a torch.device", torch.dtype: "a torch.dtype"}
 
 
@@ -47,7 +47,7 @@ def is_kind(value, kind):
                                                            (operator.index if kind is int else float)(value) is not None)
         except (TypeError, ValueError, RuntimeError):
             return False
-    return isinstance(value, (str, os.PathLike) if kind is str else kind)
+    return isinstance(value, kind)
 
 
 def whole_number(name, value):

@@ -144,7 +144,8 @@ def test_seeds_of_any_kind_and_size():
 
 
 @pytest.mark.parametrize("given, says", [
-    (dict(prompt=None), "prompt must be a text, got None"), (dict(guidance_scale=(1, 2, 3)), "guidance must be one or two of 0 to 50"),
+    (dict(prompt=None), "prompt must be a text, got None"), (dict(prompt=Path("a face")), "prompt must be a text, got "),
+    (dict(guidance_scale=(1, 2, 3)), "guidance must be one or two of 0 to 50"),
     (dict(guidance_scale=()), "guidance must be one or two of 0 to 50"), (dict(guidance_scale="2"), "guidance must be a number or numbers or None, got '2'"),
     (dict(start_from_ref="no"), "start_from_ref must be True or False, got 'no'"), (dict(seed=True), "seed must be a whole number, got True"),
     (dict(seed=None), "seed must be a whole number, got None"), (dict(num_inference_steps="3"), "steps must be a whole number or None, got '3'"),
