@@ -133,8 +133,27 @@ def run_child(rank, n, folder, function, args):
 def as_torchrun(n, folder, arguments, limit=240):
     """torchrun --nproc-per-node n sample.py ARGUMENTS, but for the start of n + 1 processes of Python: what it prints is added to folder/said and
     folder/errors -> whether a rank failed"""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return forked(n, limit, run_program, n, folder, store.port, arguments)
+    reader, writer = os.pipe()
+    if (agent := os.fork()) == 0:                                    # its threads in this process would be forked with it, and their locks
+        keep_store(writer)
+    os.close(writer)
+    try:
+        return forked(n, limit, run_program, n, folder, int(os.read(reader, 9)), arguments)
+    finally:
+        os.close(reader)
+        os.kill(agent, 9)
+        os.waitpid(agent, 0)
+
+
+def keep_store(writer):
+    """Never returns, as run_child: what torchrun itself does, until it is killed."""
+    try:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, str(store.port).encode())
+        while True:
+            time.sleep(60)
+    finally:
+        os._exit(1)
 
 
 def run_program(rank, n, folder, port, arguments):

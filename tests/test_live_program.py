@@ -148,7 +148,7 @@ def test_sound_of_another_scale_is_written_quieter(tmp_path, capsys):
     assert seen[0].shape == seen[1].shape and np.abs(seen[0] - seen[1]).mean() < 0.5
 
 
-@pytest.mark.parametrize("given", [["--fps", "16"], ["--raw"], ["--rings8"], ["--lora", "a"], ["--audio", "-"], ["--out", "-"]])
+@pytest.mark.parametrize("given", [["--fps", "16"], ["--raw"], ["--rings8"], ["--window", "6"], ["--replace-ref"], ["--lora", "a"], ["--audio", "-"], ["--out", "-"]])
 def test_what_goes_with_a_stream_alone(given, capsys):
     assert sample.cli(["--image", FACE, *given]) == 2 and f"{given[0]}{' -' * (given[-1] == '-')} goes with --live" in capsys.readouterr().err
 

@@ -61,6 +61,14 @@ def test_features_of_windows_are_those_of_the_whole(window, clip_frames, duratio
             assert got.shape == want[..., begin * clip_frames:].shape and gap <= tolerance, gap
 
 
+def test_windows_may_be_left_out():
+    model, wav = encoder(), load_audio(VOICE)
+    want, clips = audio.audio_features(model, wav, 16, 4, 1)
+    hearing = Hearing(open_speech(VOICE), model.config, lambda: model, CPU, 16, 4, 1)
+    for n in (0, clips - 3):
+        assert torch.equal(hearing(4 * n, 4 * n + 4), want[..., 4 * n:4 * n + 4])
+
+
 def test_windows_are_encoded_once_and_only_those_that_clips_need():
     model, encoded = encoder(), []
     hearing = Hearing(open_speech(VOICE, keep=0), model.config, lambda: encoded.append(1) or model, CPU, 16, 4, window=1)

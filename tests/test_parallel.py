@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,7 @@ from fast.bench_ranks import Simulated
 from fast.fp8 import quantized
 from fast.offload import stream
 from fast.padding import trim
-from fast.parallel import ParallelDenoiser, Ranks, choose_split, cut, sent_bytes
+from fast.parallel import ParallelDenoiser, Ranks, Run, choose_split, cut, sent_bytes
 from fast.plan import MemoryPlan, RunConfig, plan_memory
 from fast.plan_text import ranks_text
 from fast.probe import GIB, Memory
@@ -334,3 +334,37 @@ def test_a_rank_that_is_killed_ends_all(stopped, tmp_path):
     (("--parallel", "alone"), "argument --parallel: invalid choice")])
 def test_parallel_without_torchrun(args, says, capsys):
     assert sample.cli(list(args)) == 2 and says in capsys.readouterr().err
+
+
+def least(rank, split):
+    ranks, found = Ranks(rank, split), []
+    for local in (2, 1):
+        os.environ |= dict(LOCAL_WORLD_SIZE=str(local), WORLD_SIZE="2")
+        found.append(tuple(ranks.least(Memory(100 - rank, 50 + rank, 61 + rank))))
+    return found
+
+
+def test_all_plan_with_what_the_least_has(tmp_path):
+    """Of the host a share, as many as there are ranks on it."""
+    assert on_ranks(2, tmp_path, least, (1, 2)) == [[(99, 25, 30), (99, 50, 61)]] * 2
+
+
+def test_a_clip_of_fewer_tokens_than_ranks_is_refused():
+    with pytest.raises(ValueError, match="3 ranks cannot share 2 tokens: start fewer"):
+        cut(SimpleNamespace(grid=(1, 1, 1), segments=[(2, 0)]), 0, 3)
+
+
+@dataclass
+class LayersAlone:
+    layers: tuple = ()
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_branch_is_prepared_once_and_its_text_keys_wait_where_the_plan_says(monkeypatch, host):
+    prepared = []
+    shared = ParallelDenoiser(random_net(TINY), host_layers=host, ranks=SimpleNamespace(index=0, runs=1))
+    monkeypatch.setattr(shared.fast, "prepare", lambda **given: prepared.append(given))
+    monkeypatch.setattr("fast.parallel.cut", lambda *_: Run(LayersAlone(), None, 0, (), (), None))
+    monkeypatch.setattr("fast.parallel.offload.HostLayers", lambda layers: "on the host")
+    branch = shared.prepare()
+    assert branch() is branch() and prepared == [{}] and branch().cond.layers == ("on the host" if host else ())

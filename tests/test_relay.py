@@ -8,6 +8,7 @@ import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import parity_live
 import pytest
@@ -63,6 +64,21 @@ def test_frames_are_those_of_one_process(parts, tmp_path, size, replace_ref):  #
     assert found[0]["heard"] == list(range(10)) and all(other["frames"] is None and not other["heard"] for other in found[1:])
     one = sum(layer.nbytes for layer in alone.stream.rings[0].layers)
     assert [rank["steps"] for rank in found] == [4 // size] * size and all(r["rings"] == one * r["steps"] for r in found)
+
+
+@pytest.mark.parametrize("blocks", (1, 2))
+def test_a_reference_that_nobody_needs_is_taken(parts, tmp_path, blocks):  # noqa: F811
+    """The sound ends before the ring, of two blocks, is full and passed: the first latent is on its way all the same."""
+    few = SimpleNamespace(**vars(parts) | dict(sound=parts.sound[:blocks]))
+    found = on_ranks(2, tmp_path, relay, few, 2, True, limit=40)
+    assert len(found[0]["frames"]) == blocks
+
+
+def test_a_rank_has_the_shift_that_was_asked_for(parts):  # noqa: F811
+    sigmas, timesteps = live.schedule(4, 5.0)
+    for rank, own in ((1, slice(0, 2)), (0, slice(2, 4))):
+        stream = Relay(begin(parts).picture, Line(rank, 2), 4, shift=5.0).stream
+        assert torch.equal(stream.timesteps, timesteps[own]) and torch.equal(stream.sigmas, sigmas[own.start:own.stop + 1])
 
 
 def losing(line):

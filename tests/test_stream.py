@@ -2,6 +2,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +14,8 @@ import torch
 
 from media import stream as out
 from media import video
-from media.ffmpeg import probe, run
+from media.ffmpeg import ffmpeg_command, probe, run
+from media.frames import read_frames
 
 VOICE = str(Path(__file__).parents[1] / "samples" / "voice.flac")
 
@@ -152,6 +154,7 @@ def test_frames_must_be_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("begins, name", [(b"RIFF$\0\0\0", "wav"), (b"fLaC\0\0\0\"", "flac"), (b"\0\0\0 ftyp", "m4a"), (b"ID3\4", "mp3"), (b"FORM", "aiff"),
+                                          (b"OggS", "ogg"), (b"\x1aE\xdf\xa3", "webm"),
                                           (b"\1\2\3\4", None), (b"\xff\xf3\x64\xc4", None), (b"\xff\xf1\x60\x40\2\x1f", None)])
 def test_a_file_in_place_of_samples(begins, name):
     assert out.named_format(out.pcm(io.BytesIO(begins + bytes(40)), 20)) == name
@@ -177,3 +180,40 @@ def test_raw_frames_into_what_is_no_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wanted a name that ends in"):
         video.check_output(str(tmp_path / "a.rgb"))
     assert out.meanwhile("/dev/full") == "/dev/full" and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_pixels_come_back(tmp_path):
+    """Black, white and colours: raw exactly, from an mp4 within 5 of 255. Numbers beyond are cut, and every player can show it."""
+    colours = torch.tensor([[-1, -1, -1], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1.0], [0.2, -0.4, 0.7], [1.1, -1.1, 1.1]])
+    frames, wanted = colours.T[:, :, None, None].expand(3, 7, 32, 48), (colours.clamp(-1, 1).numpy() + 1) * 127.5
+    for name, raw in (("a.mp4", False), ("a.rgb", True)):
+        with out.StreamWriter(str(tmp_path / name), (32, 48), 25, raw=raw) as writer:
+            writer.write(frames)
+    mp4 = np.stack(list(read_frames(str(tmp_path / "a.mp4"))))[:, 16, 24].astype(int)
+    raw = np.fromfile(tmp_path / "a.rgb", np.uint8).reshape(7, 32, 48, 3)[:, 5, 5]
+    assert np.abs(mp4 - wanted).max() < 5 and np.abs(raw - wanted).max() < 1
+    said = subprocess.run(ffmpeg_command("-i", str(tmp_path / "a.mp4")), capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709" in said, said
+
+
+def test_waiting_adds_up(tmp_path, monkeypatch):
+    now = iter([1, 2, 5, 7])
+    with out.StreamWriter(str(tmp_path / "a.rgb"), (16, 16), 25, raw=True) as writer:
+        monkeypatch.setattr(out.time, "perf_counter", lambda: next(now))
+        for _ in range(2):
+            writer.write(torch.zeros(3, 1, 16, 16))
+        monkeypatch.undo()
+    assert writer.waited == 3
+
+
+def test_bytes_that_are_taken_in_parts():
+    taken = []
+
+    class Slow(io.BytesIO):
+        def write(self, part):
+            taken.append(bytes(part[:3]))
+            return len(taken[-1])
+    pipe = out.Pipe(Slow())
+    pipe.put(memoryview(b"01234567"))
+    pipe.close()
+    assert taken == [b"012", b"345", b"67"]
