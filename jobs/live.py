@@ -225,7 +225,8 @@ def stream(plan, speech, checkpoint, args, pipe, start):
         from media.sound import cut
         from media.video import full_scale
         kept, scale = speech.recording, full_scale(speech.path, speech.recording)
-        pieces = at_least(int((plan.seconds - 0.05) * kept.rate), cut(speech.path, kept, speech.start, speech.duration), speech.path)
+        enough = int((plan.seconds - 0.05) * kept.rate)              # rounding to 16 kHz moves a file's end by less
+        pieces = at_least(enough, cut(speech.path, kept, speech.start, speech.duration), speech.path)
         pieces = (piece / scale for piece in pieces)
         under = Under(kept.rate, 1 if kept.channel is not None else kept.channels, fps, shift, pieces)
         sound = from_file(speech, checkpoint, o, fps, plan.frames)

@@ -133,9 +133,9 @@ def run_child(rank, n, folder, function, args):
 def as_torchrun(n, folder, arguments, limit=240):
     """torchrun --nproc-per-node n sample.py ARGUMENTS, but for the start of n + 1 processes of Python: what it prints is added to folder/said and
     folder/errors -> whether a rank failed"""
-    reader, writer = os.pipe()
+    (reader, writer), parent = os.pipe(), os.getpid()
     if (agent := os.fork()) == 0:                                    # its threads in this process would be forked with it, and their locks
-        keep_store(writer)
+        keep_store(writer, parent)
     os.close(writer)
     try:
         return forked(n, limit, run_program, n, folder, int(os.read(reader, 9)), arguments)
@@ -145,13 +145,13 @@ def as_torchrun(n, folder, arguments, limit=240):
         os.waitpid(agent, 0)
 
 
-def keep_store(writer):
-    """Never returns, as run_child: what torchrun itself does, until it is killed."""
+def keep_store(writer, parent):
+    """Never returns, as run_child: what torchrun itself does, until it is killed or its parent has gone."""
     try:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         os.write(writer, str(store.port).encode())
-        while True:
-            time.sleep(60)
+        while os.getppid() == parent:
+            time.sleep(0.5)
     finally:
         os._exit(1)
 

@@ -135,6 +135,22 @@ def test_each_step_has_its_own_network(parts):
             stream.frame += 3
 
 
+def test_the_reference_is_turned_from_where_it_was_first(parts):
+    """Its keys are kept as the sink pass made them, and turned from there in every forward: bit for bit, so that nothing adds up in bfloat16."""
+    stream, ahead = begin(parts).stream, iter(range(30, 4, -1))
+    with torch.no_grad():
+        for expert in stream.experts:
+            first = live.rotate(expert.ref_keys[1], stream.rope([live.REF_TIME]))
+            assert torch.equal(first, expert.rows[1][0, :, :stream.n])
+        for sound in parts.sound[:6]:
+            moved = [stream.moved(next(ahead)) for _ in stream.experts]
+            stream.steps(torch.zeros(1, 16, 3, 8, 8), stream.conditions(sound), moved)
+            for expert, ring, table in zip(stream.experts, stream.rings, moved):
+                assert torch.equal(ring.layers[1][0, :, :stream.n], live.rotate(expert.ref_keys[1], table))
+            stream.frame += 3
+    assert not torch.equal(table, stream.rope([live.REF_TIME]))      # it has moved
+
+
 def test_a_replaced_reference_is_remembered(parts):
     """It changes what comes once a ring is full, and a state taken before or after goes on alike."""
     plain, replaced, saved = begin(parts), begin(parts, replace_ref=True), {}
